@@ -1,0 +1,200 @@
+"""SpqrConfig: every setting that shapes a compressed weight, checked, frozen, JSON in and out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["PRESETS", "SpqrConfig"]
+
+GROUP_SIZES = (8, 16, 32, 64, 128)
+STATS_GROUP_SIZES = (8, 16, 32, 64, 128)
+STATISTICS_BITS = (2, 3, 4, 16)
+PERMUTATIONS = ("act-order", "identity", "spearman")
+OUTLIER_SEARCHES = ("leave-one-out", "simplified")
+FACTORIZATION_FALLBACKS = ("error", "round-to-nearest")
+MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential")
+SECOND_LEVEL_BITS = 16
+OUTLIER_BITS = 32
+
+
+@dataclass(frozen=True)
+class SpqrConfig:
+    """Settings of one compression (names of the paper, arXiv 2306.03078, in brackets).
+
+    bits                 bits of a weight code, 2 to 8 [b_w]
+    group_size           input columns of a row that share a scale and a zero: 8, 16, 32, 64, 128,
+                         or None for the whole row [beta_1]
+    stats_group_size     rows whose scales (and zeros) share second-level statistics [beta_2]
+    scale_bits           bits of a scale code: 2, 3, 4, or 16 for plain fp16 scales [b_s]
+    zero_bits            the same for zeros [b_z]
+    outlier_threshold    a weight is kept in fp16 where its Hessian-weighted error exceeds this
+                         share of the mean; None keeps no outliers [tau]
+    outlier_search       "leave-one-out" finds outliers before a group's grid is fitted,
+                         "simplified" only while quantizing
+    permutation          order in which input columns are quantized
+    damping              share of mean(diag H) added to diag H
+    round_zero           round each group's zero to an integer
+    use_hessian          False rounds to nearest: no calibration, no error propagation
+    true_sequential      quantize the linears of a block in the order in which they run, each
+                         calibrated on the outputs of the ones before
+    on_failed_factorization  what to do with a Hessian that no damping makes positive definite
+    skip                 regular expressions of module names to leave as they are
+    overrides            (regular expression, {field: value}) pairs; the first match wins
+
+    Raises ConfigError for a value out of range or a contradiction.
+    """
+
+    bits: int = 3
+    group_size: int | None = 16
+    stats_group_size: int = 16
+    scale_bits: int = 3
+    zero_bits: int = 3
+    outlier_threshold: float | None = 0.2
+    outlier_search: str = "leave-one-out"
+    permutation: str = "act-order"
+    damping: float = 1.0
+    round_zero: bool = False
+    use_hessian: bool = True
+    true_sequential: bool = False
+    on_failed_factorization: str = "error"
+    skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.outlier_threshold is not None and math.isinf(self.outlier_threshold):
+            object.__setattr__(self, "outlier_threshold", None)
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in self.overrides))
+        self._check_ranges()
+        self._check_combinations()
+        self._check_patterns()
+
+    @classmethod
+    def rtn(cls, bits: int, group_size: int | None = None) -> SpqrConfig:
+        """Round to nearest: fp16 statistics, no Hessian, no outliers."""
+        return cls(
+            bits=bits,
+            group_size=group_size,
+            scale_bits=16,
+            zero_bits=16,
+            outlier_threshold=None,
+            permutation="identity",
+            use_hessian=False,
+        )
+
+    @classmethod
+    def gptq(cls, bits: int, group_size: int | None = None, damping: float = 0.01) -> SpqrConfig:
+        """GPTQ (arXiv 2210.17323) with act-order: fp16 statistics, no outliers."""
+        return cls(
+            bits=bits,
+            group_size=group_size,
+            scale_bits=16,
+            zero_bits=16,
+            outlier_threshold=None,
+            damping=damping,
+        )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SpqrConfig:
+        """Rebuild a config from `to_dict`; an unknown field is a ConfigError."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON types."""
+        settings = asdict(self)
+        settings["skip"] = list(self.skip)
+        settings["overrides"] = [[pattern, dict(values)] for pattern, values in self.overrides]
+        return settings
+
+    def for_module(self, name: str) -> SpqrConfig | None:
+        """The settings for the linear called `name`, or None where it is to stay as it is."""
+        if any(re.search(pattern, name) for pattern in self.skip):
+            return None
+        for pattern, values in self.overrides:
+            if re.search(pattern, name):
+                return replace(self, **values, overrides=())
+        return self
+
+    def formula_bits(self, outlier_share: float = 0.0) -> float:
+        """Bits a weight by the paper's formula (section 4.2), for matrices large on both sides."""
+        bits = self.bits + OUTLIER_BITS * outlier_share
+        if self.group_size is None:
+            return bits
+        for statistic_bits in (self.scale_bits, self.zero_bits):
+            bits += statistic_bits / self.group_size
+            if statistic_bits != 16:
+                bits += 2 * SECOND_LEVEL_BITS / (self.group_size * self.stats_group_size)
+        return bits
+
+    def _check_ranges(self) -> None:
+        self._check_member("bits", tuple(range(2, 9)))
+        self._check_member("group_size", (*GROUP_SIZES, None))
+        self._check_member("stats_group_size", STATS_GROUP_SIZES)
+        self._check_member("scale_bits", STATISTICS_BITS)
+        self._check_member("zero_bits", STATISTICS_BITS)
+        self._check_member("outlier_search", OUTLIER_SEARCHES)
+        self._check_member("permutation", PERMUTATIONS)
+        self._check_member("on_failed_factorization", FACTORIZATION_FALLBACKS)
+        if self.outlier_threshold is not None and not self.outlier_threshold > 0:
+            raise ConfigError(
+                f"outlier_threshold is {self.outlier_threshold}; it must be positive"
+                " (use None or inf to keep no outliers)"
+            )
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ConfigError(f"damping is {self.damping}; it must be finite and not negative")
+
+    def _check_member(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed or isinstance(value, bool):
+            choices = ", ".join("whole row" if a is None else str(a) for a in allowed)
+            raise ConfigError(f"{name} is {value!r}; it must be one of {choices}")
+
+    def _check_combinations(self) -> None:
+        if self.use_hessian:
+            return
+        if self.outlier_threshold is not None:
+            raise ConfigError(
+                "outliers are found by their Hessian-weighted error: rounding to nearest"
+                " (use_hessian=False) needs outlier_threshold=None"
+            )
+        if self.permutation == "act-order":
+            raise ConfigError(
+                "act-order sorts by the Hessian's diagonal: rounding to nearest"
+                " (use_hessian=False) needs permutation='identity' or 'spearman'"
+            )
+        if self.true_sequential:
+            raise ConfigError("true_sequential calibrates, and use_hessian=False does not")
+
+    def _check_patterns(self) -> None:
+        for pattern in (*self.skip, *(p for p, _ in self.overrides)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+        for pattern, values in self.overrides:
+            fixed = sorted(set(values) & set(MODEL_LEVEL_FIELDS))
+            if fixed:
+                raise ConfigError(
+                    f"the override for {pattern!r} sets {fixed[0]}, which is one for all modules"
+                )
+            unknown = sorted(set(values) - {f.name for f in fields(self)})
+            if unknown:
+                raise ConfigError(f"the override for {pattern!r} sets unknown field {unknown[0]!r}")
+            replace(self, **values, overrides=())
+
+
+PRESETS = {
+    "paper": SpqrConfig(),
+    "paper-4bit": SpqrConfig(bits=4, outlier_threshold=0.1),
+}
+"""Named settings: the paper's 3-bit recipe (the default) and its near-lossless 4-bit one."""
