@@ -1,0 +1,1 @@
+"""The `spqr` command, installed as the import package spqr_cli: parsing and printing only."""
