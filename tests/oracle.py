@@ -1,0 +1,319 @@
+"""The oracle: SpQR on one weight in float64 NumPy, written from the arithmetic alone.
+
+It knows nothing of the solver it judges, and is slow on purpose: one column after the other, one
+stats block after the other, no blocking, no kernels. What is rounded to fp16 in a checkpoint is
+rounded to fp16 here; everything else keeps 53 bits.
+
+`quantize` answers "which codes should come out", `decode` answers "which weight do these buffers
+stand for", bit by bit from the diagram in spqr_numba/format/layout.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.format.matrix import SpqrMatrix
+
+FP16_MAX = 65504.0
+MOST_ZERO = 2048  # the last of the consecutive integers that fp16 holds
+
+
+@dataclass
+class OracleWeight:
+    """A quantized weight. Columns are permuted, except in `weight`."""
+
+    permutation: np.ndarray  # [n]
+    codes: np.ndarray  # [m, n]
+    scales: np.ndarray  # [m, groups], as decoded from fp16
+    zeros: np.ndarray  # [m, groups], as decoded from fp16
+    outliers: np.ndarray  # [m, n], 0 where there is none
+    is_outlier: np.ndarray  # [m, n]
+    weight: np.ndarray  # [m, n], dense + outliers, columns as the layer has them
+    threshold: float  # T, inf where no outliers are kept
+    inverse_hessian_cholesky: np.ndarray  # U [n, n]
+
+
+def fp16(x: np.ndarray) -> np.ndarray:
+    """x rounded once, to the nearest half-precision number, ties to even; then finite again."""
+    return np.clip(x, -FP16_MAX, FP16_MAX).astype(np.float16).astype(np.float64)
+
+
+# --- The order of the columns, and U
+
+
+def column_order(weight: np.ndarray, hessian: np.ndarray | None, how: str) -> np.ndarray:
+    """The permutation [n]: position -> input column."""
+    columns = weight.shape[1]
+    if how == "identity":
+        return np.arange(columns)
+    if how == "act-order":
+        return np.argsort(-np.diag(hessian), kind="stable")
+    start = 0 if hessian is None else int(np.argmax(np.diag(hessian)))
+    return spearman_chain(weight, start)
+
+
+def spearman_chain(weight: np.ndarray, start: int) -> np.ndarray:
+    """From `start`, always on to the unvisited column whose ranks correlate best."""
+    ranks = weight.argsort(axis=0, kind="stable").argsort(axis=0)
+    centred = 2 * ranks - (len(weight) - 1)  # twice the centred rank: integers, so ties are exact
+    similarity = centred.T @ centred  # all columns have one norm: this orders as correlation does
+    chain = [start]
+    while len(chain) < weight.shape[1]:
+        unvisited = [j for j in range(weight.shape[1]) if j not in chain]
+        chain.append(max(unvisited, key=lambda j: (similarity[chain[-1], j], -j)))
+    return np.array(chain)
+
+
+def upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """U, upper, with U^T U = (H + damping * mean(diag H))^-1; a dead input's H_jj becomes 1."""
+    damped = hessian.copy()
+    dead = np.diag(hessian) == 0
+    damped[np.diag_indices_from(damped)] += damping * np.diag(hessian).mean()
+    damped[dead, dead] = 1
+    return np.linalg.cholesky(np.linalg.inv(damped)).T
+
+
+# --- The grid of one group
+
+
+def min_max(values: np.ndarray, bits: int, round_zero: bool = False) -> tuple[float, float]:
+    """The scale and zero of one row of one group; `values` may be empty."""
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    maxq = 2**bits - 1
+    if high == low or abs(low) * maxq > MOST_ZERO * (high - low):
+        largest = high if abs(high) > abs(low) else low
+        low, high = min(largest, 0.0), max(largest, 0.0)
+    scale = (high - low) / maxq
+    if scale == 0:
+        return 0.0, 0.0
+    zero = -low / scale
+    return scale, np.rint(zero) if round_zero else zero
+
+
+def encode(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """The nearest codes of w, 0 where the scale is 0."""
+    safe = np.where(scale == 0, 1, scale)
+    codes = np.clip(np.rint(w / safe + zero), 0, 2**bits - 1)
+    return np.where(scale == 0, 0, codes)
+
+
+def group_error(values: np.ndarray, weights: np.ndarray, bits: int) -> float:
+    """sum (w - q(w))^2 * weights of one row, on the grid fitted to these very values."""
+    scale, zero = min_max(values, bits)
+    error = values - scale * (encode(values, scale, zero, bits) - zero)
+    return float((error**2 * weights).sum())
+
+
+def leave_one_out(group: np.ndarray, diagonal: np.ndarray, bits: int) -> np.ndarray:
+    """How much of a group's error each weight costs the others with itself: base - loo_j.
+
+    group [m, width], diagonal [width] = U_jj; result [m, width].
+    """
+    weights = 1 / diagonal**2
+    gains = np.empty_like(group)
+    for row, values in enumerate(group):
+        base = group_error(values, weights, bits)
+        for j in range(len(values)):
+            rest = np.arange(len(values)) != j
+            gains[row, j] = base - group_error(values[rest], weights[rest], bits)
+    return gains
+
+
+def second_level(statistics: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """What scales (or zeros) [m] decode to once quantized in blocks of rows."""
+    if bits == 16:
+        return fp16(statistics)
+    decoded = np.empty_like(statistics)
+    for start in range(0, len(statistics), block):
+        part = statistics[start : start + block]
+        base = fp16(part.min())
+        step = fp16((part.max() - part.min()) / (2**bits - 1))
+        codes = np.clip(np.rint((part - base) / step), 0, 2**bits - 1) if step else 0 * part
+        decoded[start : start + block] = fp16(codes * step + base)
+    return decoded
+
+
+def fit_group(
+    group: np.ndarray, candidates: np.ndarray, config: SpqrConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales and zeros [m] of one group, as the checkpoint will hold them."""
+    fits = [
+        min_max(values[~left_out], config.bits, config.round_zero)
+        for values, left_out in zip(group, candidates, strict=True)
+    ]
+    scales, zeros = np.array(fits).T
+    block = config.stats_group_size
+    return (
+        second_level(scales, config.scale_bits, block),
+        second_level(zeros, config.zero_bits, block),
+    )
+
+
+# --- The whole weight
+
+
+def prepare(
+    weight: np.ndarray, hessian: np.ndarray | None, config: SpqrConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The permutation [n], the permuted weight [m, n] without its dead inputs, and U [n, n]."""
+    order = column_order(weight, hessian, config.permutation)
+    w = weight[:, order].copy()
+    if hessian is None:
+        return order, w, np.eye(len(order))
+    ordered = hessian[np.ix_(order, order)]
+    w[:, np.diag(ordered) == 0] = 0
+    return order, w, upper_factor(ordered, config.damping)
+
+
+def sensitivity_threshold(w: np.ndarray, diagonal: np.ndarray, config: SpqrConfig) -> float:
+    """T; infinite where no outliers are kept."""
+    if config.outlier_threshold is None:
+        return float("inf")
+    variance = w.var(axis=0, ddof=1) if len(w) > 1 else np.zeros(w.shape[1])
+    return config.outlier_threshold * float((variance / diagonal**2).mean())
+
+
+def quantize(weight: np.ndarray, hessian: np.ndarray | None, config: SpqrConfig) -> OracleWeight:
+    """Quantize weight [m, n] with hessian [n, n] (not used where config.use_hessian is False)."""
+    weight = np.asarray(weight, np.float64)
+    hessian = np.asarray(hessian, np.float64) if config.use_hessian else None
+    order, w, u = prepare(weight, hessian, config)
+    diagonal = np.diag(u)
+    threshold = sensitivity_threshold(w, diagonal, config)
+
+    (m, n), width = w.shape, config.group_size or w.shape[1]
+    scales, zeros = np.zeros((2, m, -(-n // width)))
+    codes, outliers, decoded = np.zeros((3, m, n))
+    is_outlier = np.zeros((m, n), bool)
+    for j in range(n):
+        g = j // width
+        if j % width == 0:
+            group, candidates = w[:, j : j + width], np.zeros((m, min(width, n - j)), bool)
+            if config.outlier_search == "leave-one-out" and threshold < float("inf"):
+                gains = leave_one_out(group, diagonal[j : j + width], config.bits)
+                candidates = gains > threshold
+            scales[:, g], zeros[:, g] = fit_group(group, candidates, config)
+        codes[:, j] = encode(w[:, j], scales[:, g], zeros[:, g], config.bits)
+        dense = scales[:, g] * (codes[:, j] - zeros[:, g])
+        is_outlier[:, j] = ((w[:, j] - dense) / diagonal[j]) ** 2 > threshold
+        outliers[:, j] = np.where(is_outlier[:, j], fp16(w[:, j] - dense), 0)
+        decoded[:, j] = dense + outliers[:, j]
+        error = (w[:, j] - decoded[:, j]) / diagonal[j]
+        w[:, j + 1 :] -= np.outer(error, u[j, j + 1 :])
+
+    restored = np.empty_like(decoded)
+    restored[:, order] = decoded
+    return OracleWeight(
+        order, codes.astype(int), scales, zeros, outliers, is_outlier, restored, threshold, u
+    )
+
+
+def layer_loss(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -> float:
+    """tr((W - W_hat) H (W - W_hat)^T)."""
+    error = np.asarray(weight, np.float64) - np.asarray(quantized, np.float64)
+    return float(np.einsum("ij,jk,ik->", error, np.asarray(hessian, np.float64), error))
+
+
+# --- The format
+
+
+@dataclass
+class Decoded:
+    """What the buffers of one SpqrMatrix say. Columns are permuted, except in `weight`."""
+
+    permutation: np.ndarray  # [n]
+    codes: np.ndarray  # [m, n]
+    scales: np.ndarray  # [m, groups]
+    zeros: np.ndarray  # [m, groups]
+    outliers: np.ndarray  # [m, n], 0 where there is none
+    is_outlier: np.ndarray  # [m, n]
+    weight: np.ndarray  # fp32 [m, n], columns as the layer has them
+
+
+def read_codes(words: np.ndarray, count: int) -> np.ndarray:
+    """Codes [count, lanes] from words [ceil(count/32), bits, lanes], one Python integer a chunk."""
+    chunks, bits, lanes = words.shape
+    codes = np.zeros((chunks * 32, lanes), int)
+    for chunk in range(chunks):
+        for lane in range(lanes):
+            number = sum((int(words[chunk, i, lane]) & 0xFFFFFFFF) << (32 * i) for i in range(bits))
+            for k in range(32):
+                codes[chunk * 32 + k, lane] = number >> (k * bits) & (2**bits - 1)
+    assert not codes[count:].any(), "the padding of a last chunk must be zeros"
+    return codes[:count]
+
+
+def read_statistics(matrix: SpqrMatrix, name: str) -> np.ndarray:
+    """Scales or zeros [m, groups]."""
+    tensors = {k: v.cpu().numpy() for k, v in matrix.tensors.items()}
+    if f"{name}s" in tensors:
+        return tensors[f"{name}s"].T.astype(np.float64)
+    words = tensors[f"{name}_codes"]  # [ceil(m/32), bits, groups]
+    codes = read_codes(words, matrix.spec.out_features)  # [m, groups]
+    block = np.arange(matrix.spec.out_features) // matrix.spec.stats_group_size
+    step = tensors[f"{name}_scale"].T.astype(np.float64)[block]
+    base = tensors[f"{name}_zero"].T.astype(np.float64)[block]
+    return fp16(codes * step + base)
+
+
+def read_outliers(matrix: SpqrMatrix) -> tuple[np.ndarray, np.ndarray]:
+    """The sparse part as (values [m, n], which are stored [m, n])."""
+    shape = matrix.spec.out_features, matrix.spec.in_features
+    values, stored = np.zeros(shape), np.zeros(shape, bool)
+    if matrix.outliers is None:
+        return values, stored
+    offsets = matrix["outlier_row_offsets"].tolist()
+    columns = matrix["outlier_columns"].tolist()
+    for row in range(shape[0]):
+        for k in range(offsets[row], offsets[row + 1]):
+            assert not stored[row, columns[k]], "one weight cannot be an outlier twice"
+            stored[row, columns[k]] = True
+            values[row, columns[k]] = float(matrix["outlier_values"][k])
+    return values, stored
+
+
+def decode(matrix: SpqrMatrix) -> Decoded:
+    """Every number that the buffers of `matrix` stand for; the weight to the last fp32 rounding."""
+    spec = matrix.spec
+    codes = read_codes(matrix["codes"].cpu().numpy(), spec.in_features).T
+    scales, zeros = read_statistics(matrix, "scale"), read_statistics(matrix, "zero")
+    outliers, is_outlier = read_outliers(matrix)
+    order = np.arange(spec.in_features)
+    if "permutation" in matrix.tensors:
+        order = np.array(matrix["permutation"].tolist())
+    group = np.arange(spec.in_features) // spec.group_size
+    steps = codes.astype(np.float32) - zeros.astype(np.float32)[:, group]
+    dense = scales.astype(np.float32)[:, group] * steps
+    weight = np.empty_like(dense)
+    weight[:, order] = dense + outliers.astype(np.float32)
+    return Decoded(order, codes, scales, zeros, outliers, is_outlier, weight)
+
+
+# --- The product
+
+
+def matmul(x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor | None = None) -> np.ndarray:
+    """x [..., n] @ weight[m, n]^T + bias in float64."""
+    product = x.double().cpu().numpy() @ np.asarray(weight, np.float64).T
+    return product if bias is None else product + bias.double().cpu().numpy()
+
+
+def matmul_bound(
+    x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor | None = None
+) -> np.ndarray:
+    """Elementwise: how far from `matmul` a correct kernel with fp32 sums may end.
+
+    A sum of n products in fp32 is off by at most (n + few) eps32 sum |x||w| in any order (Higham,
+    Accuracy and Stability, 3.1). Scale and zero may be applied to the sums of a group instead of
+    to each weight, where terms as large as |x| * scale * zero meet: the caller passes |weight|
+    enlarged by that. The result is then rounded once to the dtype of x.
+    """
+    n = weight.shape[1]
+    size = matmul(x.abs(), np.abs(weight), None if bias is None else bias.abs())
+    accumulation = (n + 16) * np.finfo(np.float32).eps * size
+    rounding = torch.finfo(x.dtype).eps * np.abs(matmul(x, weight, bias))
+    return accumulation + rounding + torch.finfo(x.dtype).smallest_normal

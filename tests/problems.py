@@ -1,0 +1,43 @@
+"""Random problems that look like a layer: a weight with a few large entries, correlated inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Problem:
+    """weight fp32 [m, n], inputs fp32 [samples, n], hessian fp32 [n, n] = (2/N) sum x x^T."""
+
+    weight: torch.Tensor
+    inputs: torch.Tensor
+    hessian: torch.Tensor
+
+
+def make_problem(
+    rows: int,
+    columns: int,
+    seed: int = 0,
+    *,
+    samples: int | None = None,
+    dead: tuple[int, ...] = (),
+) -> Problem:
+    """A layer of the given shape; inputs listed in `dead` are always 0."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    weight = normal(rows, columns) * 0.02
+    heavy = torch.rand(rows, columns, generator=random) < 0.01
+    weight = torch.where(heavy, weight * 8, weight)
+
+    mixing = normal(columns, columns) / columns**0.5 + torch.eye(columns)
+    sizes = torch.exp(normal(columns))  # some inputs are louder than others, all are distinct
+    inputs = (normal(samples or 4 * columns, columns) @ mixing) * sizes
+    inputs[:, list(dead)] = 0
+    exact = inputs.double()
+    hessian = (2 / len(exact) * exact.T @ exact).float()
+    return Problem(weight, inputs, hessian)
