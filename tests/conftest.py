@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import Problem, make_problem
+
+from .problems import Problem, make_problem
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
