@@ -234,6 +234,18 @@ class Decoded:
     weight: np.ndarray  # fp32 [m, n], columns as the layer has them
 
 
+def write_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Words int32 [ceil(count/32), bits, lanes] of codes [count, lanes]: undoes `read_codes`."""
+    count, lanes = codes.shape
+    words = np.zeros((-(-count // 32), bits, lanes), np.uint32)
+    for chunk in range(len(words)):
+        for lane in range(lanes):
+            part = codes[chunk * 32 : chunk * 32 + 32, lane]
+            number = sum(int(q) << (k * bits) for k, q in enumerate(part))
+            words[chunk, :, lane] = [number >> (32 * i) & 0xFFFFFFFF for i in range(bits)]
+    return words.view(np.int32)
+
+
 def read_codes(words: np.ndarray, count: int) -> np.ndarray:
     """Codes [count, lanes] from words [ceil(count/32), bits, lanes], one Python integer a chunk."""
     chunks, bits, lanes = words.shape
@@ -303,17 +315,22 @@ def matmul(x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor | None = None
 
 
 def matmul_bound(
-    x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor | None = None
+    x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None
 ) -> np.ndarray:
     """Elementwise: how far from `matmul` a correct kernel with fp32 sums may end.
 
-    A sum of n products in fp32 is off by at most (n + few) eps32 sum |x||w| in any order (Higham,
-    Accuracy and Stability, 3.1). Scale and zero may be applied to the sums of a group instead of
-    to each weight, where terms as large as |x| * scale * zero meet: the caller passes |weight|
-    enlarged by that. The result is then rounded once to the dtype of x.
+    A sum of n products in fp32, in whatever order, is off by at most (n + few) eps32 times the sum
+    of their magnitudes (Higham, Accuracy and Stability, 3.1). A kernel may apply scale and zero to
+    the sums of a group instead of to each weight, so the magnitudes are those of |x| scale code,
+    |x| scale zero and |x| outlier. The result is rounded once more, to the dtype of x.
     """
-    n = weight.shape[1]
-    size = matmul(x.abs(), np.abs(weight), None if bias is None else bias.abs())
-    accumulation = (n + 16) * np.finfo(np.float32).eps * size
-    rounding = torch.finfo(x.dtype).eps * np.abs(matmul(x, weight, bias))
-    return accumulation + rounding + torch.finfo(x.dtype).smallest_normal
+    parts = decode(matrix)
+    group = np.arange(matrix.spec.in_features) // matrix.spec.group_size
+    steps = parts.codes + np.abs(parts.zeros)[:, group]
+    magnitude = np.empty(steps.shape)
+    magnitude[:, parts.permutation] = parts.scales[:, group] * steps + np.abs(parts.outliers)
+    size = matmul(x.abs(), magnitude, None if bias is None else bias.abs())
+    accumulation = (matrix.spec.in_features + 16) * np.finfo(np.float32).eps * size
+    result = np.abs(matmul(x, parts.weight, bias)) + accumulation
+    rounding = torch.finfo(x.dtype).eps * result + torch.finfo(x.dtype).smallest_normal
+    return accumulation + rounding
