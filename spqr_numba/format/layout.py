@@ -38,14 +38,17 @@ words.
 
 Decoding, to the last rounding (kernels/scalars.py is the one implementation)::
 
-    scale  = fp16(scale_code * scale_scale + scale_zero)     one rounding, as a half-precision fma
-    zero   = fp16(zero_code * zero_scale + zero_zero)        does
-    dense  = fp32(scale * fp32(code - zero))                 fp32, two roundings
-    weight = fp32(dense + outlier)                           column j of this order is input
-                                                             permutation[j] of the layer
+    scale  = fp16(fp32(scale_code * scale_scale + scale_zero))   fused: no rounding of the product
+    zero   = fp16(fp32(zero_code * zero_scale + zero_zero))
+    dense  = fp32(scale * fp32(code - zero))
+    weight = fp32(dense + outlier)                               column j of this order is input
+                                                                 permutation[j] of the layer
 
 So scale_zero is the scale that code 0 stands for, an offset in the scale's own unit (the reference
-implementation subtracts a zero in code units instead, which fp16 holds less well).
+implementation subtracts a zero in code units instead, which fp16 holds less well). Of the pair
+(scale_scale, scale_zero) the encoder drops the smaller where it is below 2^-12 (scale_scale) or
+2^-8 (scale_zero) of the other: then the inner sum is exact in fp32, the outer rounding is the only
+one, and a half-precision fma decodes the same bits.
 """
 
 from __future__ import annotations

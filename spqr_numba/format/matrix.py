@@ -29,7 +29,7 @@ BUFFER_NAMES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpqrMatrix:
     """One compressed weight: a spec and the tensors that layout.py lists for it.
 

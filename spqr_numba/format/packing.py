@@ -1,0 +1,72 @@
+"""Codes to words and back, outliers to CSR and back: layout.py's diagram, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..errors import FormatError
+from .layout import CODES_PER_CHUNK, ceil_div, index_dtype
+
+__all__ = ["csr_to_outliers", "outliers_to_csr", "pack_codes", "unpack_codes"]
+
+WORD_BITS = 32
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack unsigned codes 32 at a time along their first axis.
+
+    codes [count, width] uint8, each below 2^bits -> words [ceil(count/32), bits, width] int32.
+    Raises FormatError for a code that does not fit.
+    """
+    values = codes.cpu().numpy()
+    if values.size and values.max() >> bits:
+        raise FormatError(f"code {values.max()} does not fit into {bits} bits")
+    count, width = values.shape
+    chunks = ceil_div(count, CODES_PER_CHUNK)
+    words = np.zeros((chunks, bits, width), np.uint32)
+    for k, word, shift in code_positions(bits):
+        lane = values[k::CODES_PER_CHUNK].astype(np.uint32)
+        words[: len(lane), word] |= lane << np.uint32(shift)
+        if shift + bits > WORD_BITS:
+            words[: len(lane), word + 1] |= lane >> np.uint32(WORD_BITS - shift)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: words [chunks, bits, width] int32 -> [count, width] uint8."""
+    packed = words.cpu().numpy().view(np.uint32)
+    chunks, _, width = packed.shape
+    codes = np.empty((chunks, CODES_PER_CHUNK, width), np.uint8)
+    for k, word, shift in code_positions(bits):
+        lane = packed[:, word] >> np.uint32(shift)
+        if shift + bits > WORD_BITS:
+            lane |= packed[:, word + 1] << np.uint32(WORD_BITS - shift)
+        codes[:, k] = lane & np.uint32((1 << bits) - 1)
+    return torch.from_numpy(codes.reshape(-1, width)[:count].copy())
+
+
+def code_positions(bits: int) -> list[tuple[int, int, int]]:
+    """(k, word, shift) of each of the 32 codes of a chunk: code k starts at bit `shift` of `word`."""
+    return [(k, *divmod(k * bits, WORD_BITS)) for k in range(CODES_PER_CHUNK)]
+
+
+def outliers_to_csr(outliers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compress outliers [out_features, in_features] fp16 (0 where there is none) to CSR buffers."""
+    rows, columns = outliers.nonzero(as_tuple=True)
+    offsets = torch.zeros(outliers.shape[0] + 1, dtype=torch.int64, device=outliers.device)
+    offsets[1:] = torch.bincount(rows, minlength=outliers.shape[0]).cumsum(0)
+    return {
+        "outlier_row_offsets": offsets.to(torch.int32),
+        "outlier_columns": columns.to(index_dtype(outliers.shape[1])),
+        "outlier_values": outliers[rows, columns],
+    }
+
+
+def csr_to_outliers(csr: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
+    """The inverse of `outliers_to_csr`: CSR buffers -> [out_features, in_features] fp16."""
+    offsets = csr["outlier_row_offsets"].to(torch.int64)
+    outliers = torch.zeros(len(offsets) - 1, in_features, dtype=torch.float16)
+    rows = torch.repeat_interleave(torch.arange(len(outliers)), offsets.diff())
+    outliers[rows, csr["outlier_columns"].to(torch.int64)] = csr["outlier_values"]
+    return outliers
