@@ -145,7 +145,7 @@ def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         (put("codes", lambda t: t.mT.contiguous().mT), "codes must be contiguous"),
         (put("permutation", lambda t: t.to("meta")), "permutation is on meta, codes are on cpu"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_wrong_buffers(damage: Callable[[Tensors], None], message: str) -> None:
     tensors = dict(make_matrix(make_spec(4, 40)).tensors)
