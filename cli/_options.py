@@ -1,0 +1,268 @@
+"""Options that several commands share, and the way from them to an SpqrConfig.
+
+The names that the reference implementation gives to a setting are second names of ours, so that a
+command line published for it works here as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import click
+
+from spqr_numba.config import PERMUTATIONS, PRESETS, SpqrConfig
+
+__all__ = ["calibration_options", "config_from", "config_options", "model_argument"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+WHOLE_ROW = "row"
+MODEL_HELP = "MODEL is a folder, a hub name or a .gguf file; without it, the bundled model."
+
+
+class GroupSize(click.ParamType):
+    """A number of columns, or "row" (or the reference's -1) for all of them."""
+
+    name = "integer|row"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return an int, or WHOLE_ROW."""
+        if value in (WHOLE_ROW, "-1"):
+            return WHOLE_ROW
+        return click.INT.convert(value, param, ctx)
+
+
+class Dashed(click.Choice[str]):
+    """A choice that takes act_order for act-order."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return one of the choices."""
+        return super().convert(str(value).replace("_", "-"), param, ctx)
+
+
+class Override(click.ParamType):
+    """REGEX:field=value[,field=value...]: settings of the modules that REGEX finds."""
+
+    name = "regex:field=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return (regex, {field: value})."""
+        pattern, colon, assignments = value.rpartition(":")
+        pairs = [assignment.partition("=") for assignment in assignments.split(",")]
+        if not (colon and pattern and all(equals and field for field, equals, _ in pairs)):
+            self.fail(f"{value!r} must look like 'q_proj|k_proj:bits=4,group_size=32'", param, ctx)
+        return pattern, {field.strip(): _parse_value(text.strip()) for field, _, text in pairs}
+
+
+def _parse_value(text: str) -> bool | int | float | str | None:
+    words = {"true": True, "false": False, "none": None, WHOLE_ROW: None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        raise click.BadParameter(
+            "symmetric quantization is not supported: every grid has a zero of its own; drop"
+            " this option",
+            ctx,
+            param,
+        )
+
+
+def _accepted(name: str, why: str) -> Callable[[F], F]:
+    """An option of the reference implementation that changes nothing here."""
+    return click.option(name, is_flag=True, expose_value=False, help=f"Accepted: {why}.")
+
+
+def _refused(name: str) -> Callable[[F], F]:
+    return click.option(name, is_flag=True, expose_value=False, hidden=True, callback=_refuse)
+
+
+def _apply(options: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
+    """One decorator from several, whose options keep this order in the help."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(list(options)):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+model_argument = click.argument("model", required=False)
+
+calibration_options = _apply(
+    [
+        click.option(
+            "--dataset",
+            "--custom_data_path",
+            "dataset",
+            metavar="DATASET",
+            help="Calibration text: a .txt, .jsonl, .safetensors, .npy or .pt file, a folder of"
+            " text files, or wikitext2, ptb, c4, pajama, refinedweb.  [default: Python's manual]",
+        ),
+        click.option("--nsamples", default=128, show_default=True, help="Calibration windows."),
+        click.option(
+            "--seqlen",
+            "--model_seqlen",
+            "seqlen",
+            type=int,
+            help="Tokens a window.  [default: the model's context, 2048 at most]",
+        ),
+        click.option("--seed", default=0, show_default=True, help="Of the choice of windows."),
+    ]
+)
+
+config_options = _apply(
+    [
+        click.option(
+            "--preset",
+            type=click.Choice(sorted(PRESETS)),
+            default="paper",
+            show_default=True,
+            help="Settings to start from; the options below change them.",
+        ),
+        click.option("--bits", "--wbits", "bits", type=int, help="Bits of a weight code."),
+        click.option(
+            "--group-size",
+            "--groupsize",
+            "group_size",
+            type=GroupSize(),
+            help="Columns of a row that share a scale and a zero.",
+        ),
+        click.option(
+            "--stats-group-size",
+            "--qq_groupsize",
+            "stats_group_size",
+            type=int,
+            help="Rows whose scales and zeros share second-level statistics.",
+        ),
+        click.option(
+            "--scale-bits",
+            "--qq_scale_bits",
+            "scale_bits",
+            type=int,
+            help="Bits of a scale; 16 keeps it in fp16.",
+        ),
+        click.option(
+            "--zero-bits",
+            "--qq_zero_bits",
+            "zero_bits",
+            type=int,
+            help="Bits of a zero; 16 keeps it in fp16.",
+        ),
+        click.option(
+            "--outlier-threshold",
+            "--outlier_threshold",
+            "outlier_threshold",
+            type=float,
+            help="Relative error above which a weight is kept in fp16; inf keeps none.",
+        ),
+        click.option(
+            "--simplified-outliers",
+            "--simplified_outliers",
+            "simplified_outliers",
+            is_flag=True,
+            help="Skip the leave-one-out search for outliers.",
+        ),
+        click.option(
+            "--permutation",
+            "--permutation_order",
+            "permutation",
+            type=Dashed(PERMUTATIONS),
+            help="Order in which input columns are quantized.",
+        ),
+        click.option(
+            "--damping",
+            "--percdamp",
+            "damping",
+            type=float,
+            help="Share of the mean of the Hessian's diagonal added to it.",
+        ),
+        click.option("--round-zero", is_flag=True, help="Round zeros to integers."),
+        click.option(
+            "--round_zero",
+            "round_zero_number",
+            type=click.IntRange(0, 1),
+            metavar="0|1",
+            help="The same, in the reference implementation's form.",
+        ),
+        click.option(
+            "--true-sequential",
+            "--true_sequential",
+            "true_sequential",
+            is_flag=True,
+            help="Calibrate each linear on the outputs of the compressed ones before it.",
+        ),
+        click.option(
+            "--nearest",
+            is_flag=True,
+            help="Round to nearest: no calibration, no outliers.",
+        ),
+        click.option(
+            "--on-failed-factorization",
+            type=click.Choice(["error", "round-to-nearest"]),
+            help="What to do with a layer whose Hessian no damping can factorise.",
+        ),
+        click.option(
+            "--skip",
+            metavar="REGEX",
+            multiple=True,
+            help="Leave modules whose name it finds as they are.  [repeatable]",
+        ),
+        click.option(
+            "--override",
+            "overrides",
+            type=Override(),
+            multiple=True,
+            help="Other settings for the modules that it finds, as 'q_proj:bits=4'.  [repeatable]",
+        ),
+        _accepted("--perchannel", "every row has scales and zeros of its own"),
+        _accepted("--fit_quantizer_without_outliers", "outliers never widen a group's grid"),
+        _accepted("--offload_activations", "only one block is in memory at a time"),
+        _accepted("--skip_out_loss", "losses come from the Hessian and cost next to nothing"),
+        _refused("--sym"),
+        _refused("--qq_zero_sym"),
+    ]
+)
+
+
+def config_from(values: dict[str, Any]) -> SpqrConfig:
+    """Take what `config_options` added out of `values`, and make a config of it.
+
+    Raises ConfigError for settings out of range or at odds with each other.
+    """
+    preset = PRESETS[values.pop("preset")]
+    if values.pop("round_zero_number"):
+        values["round_zero"] = True
+    if values.pop("simplified_outliers"):
+        values["outlier_search"] = "simplified"
+    settings: dict[str, Any] = {}
+    if values.pop("nearest"):
+        settings = {"use_hessian": False, "outlier_threshold": None, "permutation": "identity"}
+    for name in {field.name for field in fields(SpqrConfig)} & set(values):
+        value = values.pop(name)
+        if value is not None and value is not False and value != ():
+            settings[name] = value
+    if settings.get("group_size") == WHOLE_ROW:
+        settings["group_size"] = None
+    if "overrides" in settings:
+        settings["overrides"] = _merge(settings["overrides"])
+    return replace(preset, **settings)
+
+
+def _merge(overrides: Iterable[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, Any], ...]:
+    """Overrides given one field at a time, as one for each pattern."""
+    merged: dict[str, dict[str, Any]] = {}
+    for pattern, settings in overrides:
+        merged.setdefault(pattern, {}).update(settings)
+    return tuple(merged.items())
