@@ -9,8 +9,8 @@ import os
 import click
 import pytest
 from click.testing import CliRunner
-from spqr_cli._command import Command, Interrupted, echo_table, emit, format_bytes
 
+from spqr_cli._command import Command, Interrupted, echo_table, emit, format_bytes
 from spqr_numba.errors import DataError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+
 from spqr_cli._command import Command
 from spqr_cli._options import config_from, config_options
-
 from spqr_numba.config import PRESETS, SpqrConfig
 
 PAPER_COMMAND = (
