@@ -323,10 +323,11 @@ def matmul_bound(
 ) -> np.ndarray:
     """Elementwise: how far from `matmul` a correct kernel with fp32 sums may end.
 
-    A sum of n products in fp32, in whatever order, is off by at most (n + few) eps32 times the sum
-    of their magnitudes (Higham, Accuracy and Stability, 3.1). A kernel may apply scale and zero to
-    the sums of a group instead of to each weight, so the magnitudes are those of |x| scale code,
-    |x| scale zero and |x| outlier. The result is rounded once more, to the dtype of x.
+    The n roundings of a sum of n products in fp32 are each at most eps32 / 2 times the sum of the
+    magnitudes, and as good as independent: four standard deviations are 2 sqrt(n) eps32 times it
+    (Higham and Mary, 2019). A kernel may apply scale and zero to the sums of a group instead of
+    to each weight, so the magnitudes are those of |x| scale code, |x| scale zero and |x| outlier.
+    The result is rounded once more, to the dtype of x.
     """
     parts = decode(matrix)
     group = np.arange(matrix.spec.in_features) // matrix.spec.group_size
@@ -334,7 +335,7 @@ def matmul_bound(
     magnitude = np.empty(steps.shape)
     magnitude[:, parts.permutation] = parts.scales[:, group] * steps + np.abs(parts.outliers)
     size = matmul(x.abs(), magnitude, None if bias is None else bias.abs())
-    accumulation = (matrix.spec.in_features + 16) * np.finfo(np.float32).eps * size
+    accumulation = 2 * (matrix.spec.in_features + 16) ** 0.5 * np.finfo(np.float32).eps * size
     result = np.abs(matmul(x, parts.weight, bias)) + accumulation
     rounding = torch.finfo(x.dtype).eps * result + torch.finfo(x.dtype).smallest_normal
     return accumulation + rounding

@@ -12,6 +12,10 @@ from spqr_numba.kernels.dequantize import dequantize, dequantize_reference
 from .. import oracle
 from ..problems import make_matrix, make_spec
 
+# Few combinations of bits: each is compiled anew.
+TWO_BITS = {"bits": 2, "scale_bits": 2, "zero_bits": 4}
+FOUR_BITS = {"bits": 4, "scale_bits": 16, "zero_bits": 16}
+
 # rows, columns, settings, outliers a row, permuted
 CASES = {
     "paper": (48, 96, {}, 3, True),
@@ -22,19 +26,10 @@ CASES = {
     "no outliers": (21, 64, {}, None, False),
     "none found": (21, 64, {}, 0, True),
     "all outliers in one row": (20, 50, {}, [0] * 7 + [50] + [0] * 12, True),
-    "2 bit": (40, 72, {"bits": 2, "group_size": 8, "stats_group_size": 64}, 2, True),
-    "4 bit": (40, 200, {"bits": 4, "group_size": 128, "stats_group_size": 8}, 2, True),
-    "5 bit": (24, 70, {"bits": 5, "group_size": 32}, 2, False),
-    "8 bit whole row": (24, 70, {"bits": 8, "group_size": 70}, 2, True),
-    "fp16 statistics": (19, 40, {"scale_bits": 16, "zero_bits": 16}, None, False),
-    "2 and 4 bit statistics": (100, 40, {"scale_bits": 2, "zero_bits": 4}, 1, False),
-    "mixed statistics": (
-        35,
-        40,
-        {"scale_bits": 16, "zero_bits": 2, "stats_group_size": 32},
-        1,
-        True,
-    ),
+    "2 bit": (100, 72, TWO_BITS | {"group_size": 8, "stats_group_size": 64}, 2, True),
+    "4 bit": (40, 200, FOUR_BITS | {"group_size": 128}, 2, False),
+    "5 bit": (35, 70, {"bits": 5, "group_size": 32, "scale_bits": 16, "zero_bits": 2}, 2, True),
+    "8 bit": (24, 70, {"bits": 8, "group_size": 70, "stats_group_size": 8}, 2, True),
 }
 
 
@@ -61,7 +56,7 @@ def test_kernel_decodes_as_the_oracle(name: str, device: torch.device) -> None:
 
 def test_by_hand(device: torch.device) -> None:
     """Two rows, three columns, one group; every number in the comments."""
-    spec = make_spec(2, 3, bits=2, group_size=3, scale_bits=2, zero_bits=16)
+    spec = make_spec(2, 3, group_size=3, **TWO_BITS)
     matrix = SpqrMatrix(
         spec,
         {
@@ -71,7 +66,10 @@ def test_by_hand(device: torch.device) -> None:
             "scale_codes": torch.tensor([[[0b11_01], [0]]], dtype=torch.int32),
             "scale_scale": torch.tensor([[0.25]], dtype=torch.float16),
             "scale_zero": torch.tensor([[0.5]], dtype=torch.float16),
-            "zeros": torch.tensor([[1.0, 1.5]], dtype=torch.float16),
+            # zeros: codes 1 and 2 -> 0.5 * 1 + 0.5 = 1 and 0.5 * 2 + 0.5 = 1.5
+            "zero_codes": torch.tensor([[[0b0010_0001], [0], [0], [0]]], dtype=torch.int32),
+            "zero_scale": torch.tensor([[0.5]], dtype=torch.float16),
+            "zero_zero": torch.tensor([[0.5]], dtype=torch.float16),
             "outlier_row_offsets": torch.tensor([0, 0, 1], dtype=torch.int32),
             "outlier_columns": torch.tensor([2], dtype=torch.uint16),
             "outlier_values": torch.tensor([10.0], dtype=torch.float16),
@@ -88,7 +86,7 @@ def test_by_hand(device: torch.device) -> None:
 @pytest.mark.parametrize("smallest", [2**-24, 3 * 2**-24], ids=["smallest half", "three of them"])
 def test_denormal_statistics(smallest: float, device: torch.device) -> None:
     """Halves below the normal range are numbers too: nothing may flush them to 0."""
-    matrix = make_matrix(make_spec(17, 32, scale_bits=16, zero_bits=16), None)
+    matrix = make_matrix(make_spec(17, 32, **FOUR_BITS), None)
     matrix["scales"].fill_(smallest)
     weight = dequantize(matrix.to(device)).cpu().numpy()
     assert np.array_equal(weight, oracle.decode(matrix).weight)
@@ -96,6 +94,6 @@ def test_denormal_statistics(smallest: float, device: torch.device) -> None:
 
 
 def test_a_scale_of_zero_decodes_to_zero(device: torch.device) -> None:
-    matrix = make_matrix(make_spec(17, 32, scale_bits=16), None)
+    matrix = make_matrix(make_spec(17, 32, **FOUR_BITS), None)
     matrix["scales"].zero_()
     assert not dequantize(matrix.to(device)).any()
