@@ -19,14 +19,14 @@ sum_k q_k * 2^(k * bits), of exactly `bits` little-endian words of 32 bits::
                31 30|29 28 27| ... |5 4 3|2 1 0      |...|1|0   ...    |31 30 29| ...
                q_10 |  q_9   |     | q_1 | q_0        q_11 |q_10 (top)  |  q_31  |
 
-Weight codes take 32 consecutive columns of a row; scale and zero codes take 32 consecutive rows
-of a group. A last, ragged run of 32 is padded with zeros. In every buffer the rows (for statistics
-codes: the groups) are the fastest axis, so that kernels read consecutive rows from consecutive
-words.
+Weight codes take 32 consecutive columns of a row, and rows are the fastest axis, so that kernels
+read consecutive rows from consecutive words. Scale and zero codes take 32 consecutive rows of a
+group, and the words of a group follow each other: 8 rows are the next scale_bits bytes. A last,
+ragged run of 32 is padded with zeros.
 
     buffer               dtype   shape                            when
     codes                int32   [ceil(n/32), bits, m]            always
-    scale_codes          int32   [ceil(m/32), scale_bits, groups] scale_bits < 16
+    scale_codes          int32   [groups, ceil(m/32), scale_bits] scale_bits < 16
     scale_scale          fp16    [groups, stats_groups]           scale_bits < 16
     scale_zero           fp16    [groups, stats_groups]           scale_bits < 16
     scales               fp16    [groups, m]                      scale_bits = 16
@@ -103,9 +103,13 @@ class MatrixSpec:
     zero_bits: int
 
     def __post_init__(self) -> None:
-        for name in ("out_features", "in_features", "group_size", "stats_group_size"):
+        for name in ("out_features", "in_features", "group_size"):
             if getattr(self, name) < 1:
                 raise FormatError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.stats_group_size not in (8, 16, 32, 64, 128):
+            raise FormatError(
+                f"stats_group_size is {self.stats_group_size}; it must be 8, 16, 32, 64 or 128"
+            )
         if not 2 <= self.bits <= 8:
             raise FormatError(f"bits is {self.bits}; it must be 2 to 8")
         for name in ("scale_bits", "zero_bits"):
@@ -168,7 +172,7 @@ class MatrixSpec:
         row_chunks = ceil_div(self.out_features, CODES_PER_CHUNK)
         second_level = ((self.groups, self.stats_groups), torch.float16)
         return {
-            f"{name}_codes": ((row_chunks, bits, self.groups), torch.int32),
+            f"{name}_codes": ((self.groups, row_chunks, bits), torch.int32),
             f"{name}_scale": second_level,
             f"{name}_zero": second_level,
         }

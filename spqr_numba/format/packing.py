@@ -8,7 +8,14 @@ import torch
 from ..errors import FormatError
 from .layout import CODES_PER_CHUNK, ceil_div, index_dtype
 
-__all__ = ["csr_to_outliers", "outliers_to_csr", "pack_codes", "unpack_codes"]
+__all__ = [
+    "csr_to_outliers",
+    "outliers_to_csr",
+    "pack_codes",
+    "pack_statistics",
+    "unpack_codes",
+    "unpack_statistics",
+]
 
 WORD_BITS = 32
 
@@ -44,6 +51,16 @@ def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             lane |= packed[:, word + 1] << np.uint32(WORD_BITS - shift)
         codes[:, k] = lane & np.uint32((1 << bits) - 1)
     return torch.from_numpy(codes.reshape(-1, width)[:count].copy())
+
+
+def pack_statistics(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack scale or zero codes: [groups, m] uint8 -> words [groups, ceil(m/32), bits] int32."""
+    return pack_codes(codes.T, bits).permute(2, 0, 1).contiguous()
+
+
+def unpack_statistics(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    """The inverse of `pack_statistics`: [groups, ceil(m/32), bits] int32 -> [groups, m] uint8."""
+    return unpack_codes(words.permute(1, 2, 0), bits, rows).T
 
 
 def code_positions(bits: int) -> list[tuple[int, int, int]]:

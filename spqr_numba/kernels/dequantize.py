@@ -23,12 +23,14 @@ from numba import njit, prange
 from ..errors import InputError
 from ..format.layout import CODES_PER_CHUNK, UNQUANTIZED_BITS
 from ..format.matrix import SpqrMatrix
-from ..format.packing import csr_to_outliers, unpack_codes
+from ..format.packing import csr_to_outliers, unpack_codes, unpack_statistics
 from .scalars import half_to_float, weight_of
 from .simd import LANES, chunk_codes, load_floats, splat, store_floats
-from .unpack import Buffers, buffers_of, packed_code, statistic_decoders
+from .unpack import buffers_of, scales_in, statistic_decoders, weight_code, zeros_in
 
-__all__ = ["dequantize", "dequantize_reference", "dequantize_stored"]
+__all__ = ["dequantize", "dequantize_reference", "dequantize_stored", "stored_order"]
+
+PIECE_COLUMNS = 8  # columns that surely share a group
 
 
 def dequantize_reference(matrix: SpqrMatrix) -> np.ndarray:
@@ -51,7 +53,7 @@ def statistic_reference(matrix: SpqrMatrix, name: str, bits: int) -> np.ndarray:
     if bits == UNQUANTIZED_BITS:
         return matrix[f"{name}s"].numpy().astype(np.float32)
     rows = matrix.spec.out_features
-    codes = unpack_codes(matrix[f"{name}_codes"], bits, rows).numpy().T.astype(np.float64)
+    codes = unpack_statistics(matrix[f"{name}_codes"], bits, rows).numpy().astype(np.float64)
     step, base = (
         matrix[f"{name}_{part}"].numpy().repeat(matrix.spec.stats_group_size, 1)[:, :rows]
         for part in ("scale", "zero")
@@ -76,43 +78,37 @@ def cpu_kernel(bits: int, scale_bits: int, zero_bits: int) -> Callable:
     @njit(parallel=True)
     def kernel(buffers, out):
         flat = out.reshape(-1)
+        whole = buffers.rows - buffers.rows % LANES
         for chunk in prange(out.shape[0] // CODES_PER_CHUNK):
             scratch = np.empty(CODES_PER_CHUNK * LANES, np.float32)
-            for row in range(0, buffers.rows - LANES + 1, LANES):
-                eight_rows(buffers, chunk, row, scratch, flat)
-            for row in range(buffers.rows - buffers.rows % LANES, buffers.rows):
-                one_row(buffers, chunk, row, flat)
+            lane_rows(buffers, chunk, whole, scratch, flat)
+            ragged_rows(buffers, chunk, whole, flat)
+
+    @njit(_nrt=False)
+    def lane_rows(buffers, chunk, last, scratch, flat):
+        codes, scales, zeros = buffers.codes, scales_in(buffers), zeros_in(buffers)
+        rows, group_size, groups = buffers.rows, buffers.group_size, buffers.groups
+        for row in range(0, last, LANES):
+            codes_of(codes, chunk * bits * rows + row, rows, scratch)
+            for piece in range(0, CODES_PER_CHUNK, PIECE_COLUMNS):
+                column = chunk * CODES_PER_CHUNK + piece
+                group = min(column // group_size, groups - 1)
+                scale = scales_of(scales, group, row)
+                zero = zeros_of(zeros, group, row)
+                for k in range(PIECE_COLUMNS):
+                    weight = scale * (load_floats(scratch, (piece + k) * LANES) - zero)
+                    store_floats(flat, (column + k) * rows + row, weight)
 
     @njit
-    def eight_rows(buffers, chunk, row, scratch, flat):
-        rows = buffers.rows
-        codes_of(buffers.codes, chunk * bits * rows + row, rows, scratch)
-        group = -1
-        scale = zero = splat(np.float32(0))
-        for k in range(CODES_PER_CHUNK):
-            column = chunk * CODES_PER_CHUNK + k
-            if min(column // buffers.group_size, buffers.groups - 1) != group:
-                group = min(column // buffers.group_size, buffers.groups - 1)
-                scale = scales_of(
-                    buffers.scale, buffers.scale_step, buffers.scale_base, group, row, buffers
-                )
-                zero = zeros_of(
-                    buffers.zero, buffers.zero_step, buffers.zero_base, group, row, buffers
-                )
-            weight = scale * (load_floats(scratch, k * LANES) - zero)
-            store_floats(flat, column * rows + row, weight)
-
-    @njit
-    def one_row(buffers, chunk, row, flat):
-        rows = buffers.rows
+    def ragged_rows(buffers, chunk, first, flat):
+        scales, zeros = scales_in(buffers), zeros_in(buffers)
         for column in range(chunk * CODES_PER_CHUNK, (chunk + 1) * CODES_PER_CHUNK):
             group = min(column // buffers.group_size, buffers.groups - 1)
-            scale = scale_of(
-                buffers.scale, buffers.scale_step, buffers.scale_base, group, row, buffers
-            )
-            zero = zero_of(buffers.zero, buffers.zero_step, buffers.zero_base, group, row, buffers)
-            code = packed_code(buffers.codes, bits, rows, column, row)
-            flat[column * rows + row] = weight_of(code, scale, zero)
+            for row in range(first, buffers.rows):
+                code = weight_code(buffers, bits, column, row)
+                scale = scale_of(scales, group, row)
+                weight = weight_of(code, scale, zero_of(zeros, group, row))
+                flat[column * buffers.rows + row] = weight
 
     return kernel
 
@@ -120,7 +116,7 @@ def cpu_kernel(bits: int, scale_bits: int, zero_bits: int) -> Callable:
 @njit(parallel=True)
 def add_outliers(buffers, out):
     """out [n, m] += the sparse part."""
-    for row in prange(buffers.rows):
+    for row in prange(out.shape[1]):
         for at in range(buffers.outlier_row_offsets[row], buffers.outlier_row_offsets[row + 1]):
             out[buffers.outlier_columns[at], row] += half_to_float(buffers.outlier_values[at])
 
@@ -131,7 +127,7 @@ def dequantize_stored(matrix: SpqrMatrix) -> torch.Tensor:
         raise InputError(f"there is no dequantize kernel for device {matrix.device} yet")
     spec = matrix.spec
     out = torch.empty(spec.chunks * CODES_PER_CHUNK, spec.out_features)
-    buffers: Buffers = buffers_of(matrix)
+    buffers = buffers_of(matrix)
     cpu_kernel(spec.bits, spec.scale_bits, spec.zero_bits)(buffers, out.numpy())
     if matrix.outliers:
         add_outliers(buffers, out.numpy())

@@ -29,9 +29,9 @@ from ..errors import InputError
 from ..format.layout import CODES_PER_CHUNK
 from ..format.matrix import SpqrMatrix
 from .dequantize import dequantize_reference, dequantize_stored, stored_order
-from .scalars import half_to_float
+from .scalars import half_to_float, weight_of
 from .simd import LANES, chunk_dot, load_floats, multiply_add, splat, store_floats
-from .unpack import buffers_of, packed_code, statistic_decoders
+from .unpack import buffers_of, scales_in, statistic_decoders, weight_code, zeros_in
 
 __all__ = ["matmul", "matmul_reference"]
 
@@ -64,54 +64,52 @@ def cpu_kernel(bits: int, piece_columns: int, scale_bits: int, zero_bits: int) -
         for task in prange(tasks):
             first = blocks * task // tasks * LANES
             last = blocks * (task + 1) // tasks * LANES
-            y[first:last] = np.float32(0)
-            for chunk in range(x_sums.shape[0]):
-                for row in range(first, last, LANES):
-                    eight_rows(buffers, chunk, row, x, x_sums, y)
-            for row in range(first, last):
-                y[row] += sparse_row(buffers, row, x)
-        for row in range(blocks * LANES, buffers.rows):
-            y[row] = one_row(buffers, row, x) + sparse_row(buffers, row, x)
+            dense_rows(buffers, first, last, x, x_sums, y)
+            sparse_rows(buffers, first, last, x, y)
+        ragged_rows(buffers, blocks * LANES, x, y)
+        sparse_rows(buffers, blocks * LANES, buffers.rows, x, y)
+
+    @njit(_nrt=False)
+    def dense_rows(buffers, first, last, x, x_sums, y):
+        codes, scales, zeros = buffers.codes, scales_in(buffers), zeros_in(buffers)
+        rows, group_size, last_group = buffers.rows, buffers.group_size, buffers.groups - 1
+        for row in range(first, last):
+            y[row] = np.float32(0)
+        for chunk in range(x_sums.shape[0]):
+            start = chunk * CODES_PER_CHUNK
+            first_group = start // group_size
+            for row in range(first, last, LANES):
+                sums = dot(codes, chunk * bits * rows + row, rows, x, start)
+                total = load_floats(y, row)
+                for piece in range(pieces):
+                    group = min(first_group + piece, last_group)
+                    zero = zeros_of(zeros, group, row)
+                    centred = sums[piece] - zero * splat(x_sums[chunk, piece])
+                    total = multiply_add(scales_of(scales, group, row), centred, total)
+                store_floats(y, row, total)
 
     @njit
-    def eight_rows(buffers, chunk, row, x, x_sums, y):
-        rows = buffers.rows
-        sums = dot(buffers.codes, chunk * bits * rows + row, rows, x, chunk * CODES_PER_CHUNK)
-        total = load_floats(y, row)
-        for piece in range(pieces):
-            column = chunk * CODES_PER_CHUNK + piece * piece_columns
-            group = min(column // buffers.group_size, buffers.groups - 1)
-            scale = scales_of(
-                buffers.scale, buffers.scale_step, buffers.scale_base, group, row, buffers
-            )
-            zero = zeros_of(buffers.zero, buffers.zero_step, buffers.zero_base, group, row, buffers)
-            centred = sums[piece] - zero * splat(x_sums[chunk, piece])
-            total = multiply_add(scale, centred, total)
-        store_floats(y, row, total)
-
-    @njit
-    def one_row(buffers, row, x):
-        total = np.float32(0)
-        for column in range(buffers.columns):
-            group = column // buffers.group_size
-            scale = scale_of(
-                buffers.scale, buffers.scale_step, buffers.scale_base, group, row, buffers
-            )
-            zero = zero_of(buffers.zero, buffers.zero_step, buffers.zero_base, group, row, buffers)
-            code = packed_code(buffers.codes, bits, buffers.rows, column, row)
-            total += scale * (code - zero) * x[column]
-        return total
+    def ragged_rows(buffers, first, x, y):
+        scales, zeros = scales_in(buffers), zeros_in(buffers)
+        for row in range(first, buffers.rows):
+            y[row] = np.float32(0)
+            for column in range(buffers.columns):
+                group = column // buffers.group_size
+                code = weight_code(buffers, bits, column, row)
+                scale = scale_of(scales, group, row)
+                y[row] += weight_of(code, scale, zero_of(zeros, group, row)) * x[column]
 
     return kernel
 
 
-@njit
-def sparse_row(buffers, row, x):
-    """sum over the outliers of a row of value * x'[column]."""
-    total = np.float32(0)
-    for at in range(buffers.outlier_row_offsets[row], buffers.outlier_row_offsets[row + 1]):
-        total += half_to_float(buffers.outlier_values[at]) * x[buffers.outlier_columns[at]]
-    return total
+@njit(_nrt=False)
+def sparse_rows(buffers, first, last, x, y):
+    """y[row] += sum over the outliers of a row of value * x'[column]."""
+    for row in range(first, last):
+        total = np.float32(0)
+        for at in range(buffers.outlier_row_offsets[row], buffers.outlier_row_offsets[row + 1]):
+            total += half_to_float(buffers.outlier_values[at]) * x[buffers.outlier_columns[at]]
+        y[row] += total
 
 
 @njit

@@ -4,6 +4,7 @@ The Numba type F32x8 lives in vector registers inside `njit` code; lane r is row
 the machine's registers have fewer lanes LLVM uses several.
 
     load_floats load_halves store_floats   flat array, offset
+    load_window                            32 bits from any byte on
     splat                                  one number in every lane
     chunk_dot chunk_codes                  32 packed codes of eight rows
     spread_codes                           one packed code a lane
@@ -34,6 +35,7 @@ __all__ = [
     "chunk_dot",
     "load_floats",
     "load_halves",
+    "load_window",
     "multiply_add",
     "round_to_half",
     "splat",
@@ -46,6 +48,7 @@ WORD_BITS = 32
 I32 = ir.VectorType(ir.IntType(32), LANES)
 F16 = ir.VectorType(ir.HalfType(), LANES)
 F32 = ir.VectorType(ir.FloatType(), LANES)
+FOUR = ir.Constant(ir.IntType(64), 4)
 
 
 class Vector(types.Type):
@@ -116,6 +119,24 @@ def load_halves(typingctx, array, offset):
         return builder.fpext(builder.load(pointer, align=2), F32)
 
     return f32x8(array, types.intp), codegen
+
+
+@intrinsic
+def load_window(typingctx, words, byte):
+    """The 32 bits from byte `byte` of a flat uint32 array on; past its end, undefined bits."""
+
+    def codegen(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        last = builder.sub(builder.mul(array.nitems, ir.Constant(ir.IntType(64), 4)), FOUR)
+        inside = builder.icmp_signed("<", arguments[1], last)
+        start = builder.select(inside, arguments[1], last)
+        data = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        pointer = builder.bitcast(builder.gep(data, [start]), ir.IntType(32).as_pointer())
+        skipped = builder.trunc(builder.sub(arguments[1], start), ir.IntType(32))
+        bits = builder.mul(skipped, ir.Constant(ir.IntType(32), 8))
+        return builder.lshr(builder.load(pointer, align=1), bits)
+
+    return types.uint32(words, types.intp), codegen
 
 
 @intrinsic

@@ -1,13 +1,12 @@
 """Compressed buffers to numbers on a CPU, eight rows at a time: what dequantize and matmul share.
 
-    array        what                                        NumPy view that kernels see
-    codes        words of the weight codes                   uint32, flat: [chunks, bits, m]
-    scale, zero  words of statistics codes, or fp16 bits     uint32, flat: [row_chunks, bits, groups]
-                                                             uint16, flat: [groups, m]
-    *_step       scale_scale, zero_scale                     uint16 (fp16 bits), flat:
-    *_base       scale_zero, zero_zero                       [groups, stats_groups]
-    outlier_*    CSR                                         int32, uint16 or int32, uint16 (fp16)
-    permutation                                              uint16 or int32, empty if identity
+    Buffers                                            NumPy view that kernels see, all flat
+    codes               words of the weight codes      uint32 [chunks, bits, m]
+    scale_values        words of statistics codes      uint32 [groups, row_chunks, bits]
+    and zero_values     or, not quantized, fp16 bits   uint16 [groups, m]
+    *_step, *_base      second level, fp16 bits        uint16 [groups, stats_groups]
+    outlier_*           CSR; values as fp16 bits       int32, uint16 or int32, uint16
+    permutation         empty if identity              uint16 or int32 [n]
 """
 
 from __future__ import annotations
@@ -24,19 +23,45 @@ from numba import njit
 from ..format.layout import CODES_PER_CHUNK, UNQUANTIZED_BITS
 from ..format.matrix import SpqrMatrix
 from .scalars import decoded_statistic, half_to_float
-from .simd import load_halves, multiply_add, round_to_half, splat, spread_codes
+from .simd import (
+    load_halves,
+    load_window,
+    multiply_add,
+    round_to_half,
+    splat,
+    spread_codes,
+)
 
-__all__ = ["Buffers", "buffers_of", "packed_code", "statistic_decoders"]
+__all__ = [
+    "Buffers",
+    "buffers_of",
+    "scales_in",
+    "statistic_decoders",
+    "weight_code",
+    "zeros_in",
+]
+
+
+class Statistic(NamedTuple):
+    """The scales or the zeros of a matrix."""
+
+    values: np.ndarray
+    step: np.ndarray
+    base: np.ndarray
+    rows: int
+    groups: int
+    stats_groups: int
+    stats_shift: int
 
 
 class Buffers(NamedTuple):
-    """NumPy views of a matrix's tensors, and its sizes; the table above has dtypes and shapes."""
+    """NumPy views of a matrix's tensors, and its sizes (flat: parallel loops take no nesting)."""
 
     codes: np.ndarray
-    scale: np.ndarray
+    scale_values: np.ndarray
     scale_step: np.ndarray
     scale_base: np.ndarray
-    zero: np.ndarray
+    zero_values: np.ndarray
     zero_step: np.ndarray
     zero_base: np.ndarray
     outlier_row_offsets: np.ndarray
@@ -45,10 +70,10 @@ class Buffers(NamedTuple):
     permutation: np.ndarray
     rows: int
     columns: int
-    group_size: int
     groups: int
-    stats_group_size: int
+    group_size: int
     stats_groups: int
+    stats_shift: int  # log2 of stats_group_size: a division would cost as much as eight weights
 
 
 _VIEWS: WeakKeyDictionary[SpqrMatrix, Buffers] = WeakKeyDictionary()
@@ -71,10 +96,10 @@ def _make_views(matrix: SpqrMatrix) -> Buffers:
         _index_view(matrix, "permutation"),
         spec.out_features,
         spec.in_features,
-        spec.group_size,
         spec.groups,
-        spec.stats_group_size,
+        spec.group_size,
         spec.stats_groups,
+        spec.stats_group_size.bit_length() - 1,
     )
 
 
@@ -114,63 +139,93 @@ def _index_view(matrix: SpqrMatrix, name: str) -> np.ndarray:
 
 
 @njit(inline="always")
-def packed_code(words, bits, width, index, position):
-    """Code `index` of the packed axis at `position` of the fastest one (`width` long), float32."""
-    chunk, k = divmod(index, CODES_PER_CHUNK)
+def scales_in(buffers):
+    """The scales of a matrix, for `statistic_decoders`."""
+    return Statistic(
+        buffers.scale_values,
+        buffers.scale_step,
+        buffers.scale_base,
+        buffers.rows,
+        buffers.groups,
+        buffers.stats_groups,
+        buffers.stats_shift,
+    )
+
+
+@njit(inline="always")
+def zeros_in(buffers):
+    """The zeros of a matrix, for `statistic_decoders`."""
+    return Statistic(
+        buffers.zero_values,
+        buffers.zero_step,
+        buffers.zero_base,
+        buffers.rows,
+        buffers.groups,
+        buffers.stats_groups,
+        buffers.stats_shift,
+    )
+
+
+@njit(inline="always")
+def packed_code(words, bits, first, stride, k):
+    """Code k of a chunk whose words lie at first, first + stride, ..., as float32."""
     word, shift = divmod(k * bits, 32)
-    first = (chunk * bits + word) * width + position
-    field = np.uint64(words[first])
+    field = np.uint64(words[first + word * stride])
     if shift + bits > 32:
-        field |= np.uint64(words[first + width]) << np.uint64(32)
+        field |= np.uint64(words[first + (word + 1) * stride]) << np.uint64(32)
     return np.float32((field >> np.uint64(shift)) & np.uint64((1 << bits) - 1))
+
+
+@njit(inline="always")
+def weight_code(buffers, bits, column, row):
+    """The code of one weight, as float32."""
+    chunk, k = divmod(column, CODES_PER_CHUNK)
+    return packed_code(buffers.codes, bits, chunk * bits * buffers.rows + row, buffers.rows, k)
 
 
 @cache
 def statistic_decoders(bits: int) -> tuple[Callable, Callable]:
     """Two `njit` functions that decode a scale or zero of `bits` bits.
 
-    Both take (values, step, base, group, row, sizes) with `sizes` a Buffers; the first returns the
-    statistic of one row as float32, the second those of eight rows from `row` (a multiple of 8) on
-    as F32x8.
+    Both take (Statistic, group, row); the first returns the statistic of one row as float32, the
+    second those of eight rows from `row` (a multiple of 8) on as F32x8.
     """
     if bits == UNQUANTIZED_BITS:
         return _stored_statistic, _stored_statistics
     spread = spread_codes(bits)
 
     @njit(inline="always")
-    def one_row(values, step, base, group, row, sizes):
-        at = group * sizes.stats_groups + row // sizes.stats_group_size
-        code = packed_code(values, bits, sizes.groups, row, group)
-        return decoded_statistic(code, half_to_float(step[at]), half_to_float(base[at]))
+    def one_row(statistic, group, row):
+        at = group * statistic.stats_groups + (row >> statistic.stats_shift)
+        chunk, k = divmod(row, CODES_PER_CHUNK)
+        first = (group * row_chunks(statistic.rows) + chunk) * bits
+        code = packed_code(statistic.values, bits, first, 1, k)
+        return decoded_statistic(
+            code, half_to_float(statistic.step[at]), half_to_float(statistic.base[at])
+        )
 
     @njit(inline="always")
-    def eight_rows(values, step, base, group, row, sizes):
-        at = group * sizes.stats_groups + row // sizes.stats_group_size
-        code = spread(code_window(values, bits, sizes.groups, row, group))
-        return round_to_half(
-            multiply_add(code, splat(half_to_float(step[at])), splat(half_to_float(base[at])))
-        )
+    def eight_rows(statistic, group, row):
+        at = group * statistic.stats_groups + (row >> statistic.stats_shift)
+        byte = (group * row_chunks(statistic.rows) * 32 + row) * bits // 8
+        code = spread(load_window(statistic.values, byte))
+        step = splat(half_to_float(statistic.step[at]))
+        return round_to_half(multiply_add(code, step, splat(half_to_float(statistic.base[at]))))
 
     return one_row, eight_rows
 
 
 @njit(inline="always")
-def _stored_statistic(values, step, base, group, row, sizes):
-    return half_to_float(values[group * sizes.rows + row])
+def _stored_statistic(statistic, group, row):
+    return half_to_float(statistic.values[group * statistic.rows + row])
 
 
 @njit(inline="always")
-def _stored_statistics(values, step, base, group, row, sizes):
-    return load_halves(values, group * sizes.rows + row)
+def _stored_statistics(statistic, group, row):
+    return load_halves(statistic.values, group * statistic.rows + row)
 
 
 @njit(inline="always")
-def code_window(words, bits, width, row, group):
-    """The packed codes of eight rows from `row` (a multiple of 8) on, in the low 8 * bits bits."""
-    chunk, lane = divmod(row, CODES_PER_CHUNK)
-    word, shift = divmod(lane * bits, 32)
-    first = (chunk * bits + word) * width + group
-    window = np.uint64(words[first])
-    if shift + 8 * bits > 32:
-        window |= np.uint64(words[first + width]) << np.uint64(32)
-    return np.uint32(window >> np.uint64(shift))
+def row_chunks(rows):
+    """Runs of 32 rows, the last one ragged."""
+    return (rows + CODES_PER_CHUNK - 1) // CODES_PER_CHUNK

@@ -62,7 +62,7 @@ def test_buffers_of_a_ragged_weight() -> None:
     spec = make_spec(100, 50, zero_bits=16)
     assert spec.buffers(outliers=5, permuted=True) == {
         "codes": ((2, 3, 100), torch.int32),
-        "scale_codes": ((4, 3, 4), torch.int32),
+        "scale_codes": ((4, 4, 3), torch.int32),
         "scale_scale": ((4, 7), torch.float16),
         "scale_zero": ((4, 7), torch.float16),
         "zeros": ((4, 100), torch.float16),

@@ -63,11 +63,11 @@ def test_by_hand(device: torch.device) -> None:
             # rows hold codes (0, 1, 3) and (2, 2, 0), the first in the lowest bits
             "codes": torch.tensor([[[0b11_01_00, 0b00_10_10], [0, 0]]], dtype=torch.int32),
             # scales: codes 1 and 3 -> 0.25 * 1 + 0.5 = 0.75 and 0.25 * 3 + 0.5 = 1.25
-            "scale_codes": torch.tensor([[[0b11_01], [0]]], dtype=torch.int32),
+            "scale_codes": torch.tensor([[[0b11_01, 0]]], dtype=torch.int32),
             "scale_scale": torch.tensor([[0.25]], dtype=torch.float16),
             "scale_zero": torch.tensor([[0.5]], dtype=torch.float16),
             # zeros: codes 1 and 2 -> 0.5 * 1 + 0.5 = 1 and 0.5 * 2 + 0.5 = 1.5
-            "zero_codes": torch.tensor([[[0b0010_0001], [0], [0], [0]]], dtype=torch.int32),
+            "zero_codes": torch.tensor([[[0b0010_0001, 0, 0, 0]]], dtype=torch.int32),
             "zero_scale": torch.tensor([[0.5]], dtype=torch.float16),
             "zero_zero": torch.tensor([[0.5]], dtype=torch.float16),
             "outlier_row_offsets": torch.tensor([0, 0, 1], dtype=torch.int32),
