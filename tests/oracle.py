@@ -263,12 +263,17 @@ def read_codes(words: np.ndarray, count: int) -> np.ndarray:
     return codes[:count]
 
 
+def write_statistics(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Words int32 [groups, ceil(m/32), bits] of scale or zero codes [m, groups]."""
+    return np.ascontiguousarray(write_codes(codes, bits).transpose(2, 0, 1))
+
+
 def read_statistics(matrix: SpqrMatrix, name: str) -> np.ndarray:
     """Scales or zeros [m, groups]."""
     tensors = {k: v.cpu().numpy() for k, v in matrix.tensors.items()}
     if f"{name}s" in tensors:
         return tensors[f"{name}s"].T.astype(np.float64)
-    words = tensors[f"{name}_codes"]  # [ceil(m/32), bits, groups]
+    words = tensors[f"{name}_codes"].transpose(1, 2, 0)  # [ceil(m/32), bits, groups]
     codes = read_codes(words, matrix.spec.out_features)  # [m, groups]
     block = np.arange(matrix.spec.out_features) // matrix.spec.stats_group_size
     step = tensors[f"{name}_scale"].T.astype(np.float64)[block]

@@ -97,7 +97,7 @@ def _statistics(
         return {f"{name}s": half(spec.groups, spec.out_features, scale=2 * size)}
     codes = random.integers(0, 2**bits, (spec.out_features, spec.groups))
     return {
-        f"{name}_codes": torch.from_numpy(oracle.write_codes(codes, bits)),
+        f"{name}_codes": torch.from_numpy(oracle.write_statistics(codes, bits)),
         f"{name}_scale": half(spec.groups, spec.stats_groups, scale=size / 2**bits),
         f"{name}_zero": half(spec.groups, spec.stats_groups, scale=size),
     }

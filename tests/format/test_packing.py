@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spqr_numba.errors import FormatError
-from spqr_numba.format.packing import csr_to_outliers, outliers_to_csr, pack_codes, unpack_codes
+from spqr_numba.format.packing import (
+    csr_to_outliers,
+    outliers_to_csr,
+    pack_codes,
+    pack_statistics,
+    unpack_codes,
+    unpack_statistics,
+)
 
 from .. import oracle
 
@@ -39,6 +46,21 @@ def test_words_are_those_of_the_diagram(codes_bits: tuple[np.ndarray, int]) -> N
     words = pack_codes(torch.from_numpy(codes), bits).numpy()
     assert np.array_equal(words, oracle.write_codes(codes, bits))
     assert np.array_equal(oracle.read_codes(words, len(codes)), codes)
+
+
+@given(codes_and_bits())
+def test_statistics_take_turns_by_group(codes_bits: tuple[np.ndarray, int]) -> None:
+    codes, bits = codes_bits  # [m, groups]
+    words = pack_statistics(torch.from_numpy(codes).T, bits)
+    assert words.is_contiguous()
+    assert np.array_equal(words.numpy(), oracle.write_statistics(codes, bits))
+    assert np.array_equal(unpack_statistics(words, bits, len(codes)).numpy(), codes.T)
+
+
+def test_statistics_by_hand() -> None:
+    # Two groups, three rows, 4 bits: a nibble a row from the lowest up, group after group.
+    words = pack_statistics(torch.tensor([[1, 2, 3], [15, 0, 7]], dtype=torch.uint8), 4)
+    assert words.tolist() == [[literal(0x321, 0, 0, 0)], [literal(0x70F, 0, 0, 0)]]
 
 
 def literal(*words: int) -> list[int]:
