@@ -309,7 +309,7 @@ def decode(matrix: SpqrMatrix) -> Decoded:
     group = np.arange(spec.in_features) // spec.group_size
     steps = codes.astype(np.float32) - zeros.astype(np.float32)[:, group]
     dense = scales.astype(np.float32)[:, group] * steps
-    weight = np.empty_like(dense)
+    weight = np.empty(dense.shape, np.float32)
     weight[:, order] = dense + outliers.astype(np.float32)
     return Decoded(order, codes, scales, zeros, outliers, is_outlier, weight)
 

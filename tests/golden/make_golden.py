@@ -95,7 +95,7 @@ def main() -> None:
     for name, matrix in golden_matrices().items():
         specs[name] = asdict(matrix.spec)
         tensors |= {f"{name}.{buffer}": tensor for buffer, tensor in matrix.tensors.items()}
-        tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(oracle.decode(matrix).weight))
+        tensors[f"{name}.weight"] = torch.from_numpy(oracle.decode(matrix).weight)
     metadata = {"format_version": str(FORMAT_VERSION), "specs": json.dumps(specs)}
     save_file(tensors, FOLDER / f"format-{FORMAT_VERSION}.safetensors", metadata)
 
