@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -60,9 +61,9 @@ class Command(click.Command):
 
 
 def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result: as JSON, or in the way that `show` has for people."""
+    """Print a result: as JSON, NaN and inf as null, or in the way that `show` has for people."""
     if as_json:
-        click.echo(json.dumps(result, indent=2, default=str))
+        click.echo(json.dumps(_plain(result), indent=2, allow_nan=False))
     else:
         show()
 
@@ -109,6 +110,14 @@ def progress_bar(total: int | None = None, description: str = "", unit: str = "i
         mininterval=0.2 if sys.stderr.isatty() else 15,
         dynamic_ncols=True,
     )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format(cell: Cell) -> str:

@@ -14,12 +14,17 @@ import click
 
 from spqr_numba.config import PERMUTATIONS, PRESETS, SpqrConfig
 
-__all__ = ["calibration_options", "config_from", "config_options", "model_argument"]
+__all__ = [
+    "calibration_options",
+    "config_from",
+    "config_options",
+    "model_argument",
+    "seqlen_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 WHOLE_ROW = "row"
-MODEL_HELP = "MODEL is a folder, a hub name or a .gguf file; without it, the bundled model."
 
 
 class GroupSize(click.ParamType):
@@ -68,6 +73,12 @@ def _parse_value(text: str) -> bool | int | float | str | None:
     return text
 
 
+def _setting(field: str, *names: str, help: str, **kwargs: Any) -> Callable[[F], F]:
+    """An option for a field of SpqrConfig; without it, what the preset says."""
+    default = getattr(SpqrConfig(), field)
+    return click.option(*names, field, help=f"{help}  [paper: {default}]", **kwargs)
+
+
 def _refuse(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         raise click.BadParameter(
@@ -100,6 +111,14 @@ def _apply(options: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
 
 model_argument = click.argument("model", required=False)
 
+seqlen_option = click.option(
+    "--seqlen",
+    "--model_seqlen",
+    "seqlen",
+    type=int,
+    help="Tokens a window.  [default: the model's context, 2048 at most]",
+)
+
 calibration_options = _apply(
     [
         click.option(
@@ -111,13 +130,7 @@ calibration_options = _apply(
             " text files, or wikitext2, ptb, c4, pajama, refinedweb.  [default: Python's manual]",
         ),
         click.option("--nsamples", default=128, show_default=True, help="Calibration windows."),
-        click.option(
-            "--seqlen",
-            "--model_seqlen",
-            "seqlen",
-            type=int,
-            help="Tokens a window.  [default: the model's context, 2048 at most]",
-        ),
+        seqlen_option,
         click.option("--seed", default=0, show_default=True, help="Of the choice of windows."),
     ]
 )
@@ -131,39 +144,39 @@ config_options = _apply(
             show_default=True,
             help="Settings to start from; the options below change them.",
         ),
-        click.option("--bits", "--wbits", "bits", type=int, help="Bits of a weight code."),
-        click.option(
+        _setting("bits", "--bits", "--wbits", type=int, help="Bits of a weight code."),
+        _setting(
+            "group_size",
             "--group-size",
             "--groupsize",
-            "group_size",
             type=GroupSize(),
             help="Columns of a row that share a scale and a zero.",
         ),
-        click.option(
+        _setting(
+            "stats_group_size",
             "--stats-group-size",
             "--qq_groupsize",
-            "stats_group_size",
             type=int,
             help="Rows whose scales and zeros share second-level statistics.",
         ),
-        click.option(
+        _setting(
+            "scale_bits",
             "--scale-bits",
             "--qq_scale_bits",
-            "scale_bits",
             type=int,
             help="Bits of a scale; 16 keeps it in fp16.",
         ),
-        click.option(
+        _setting(
+            "zero_bits",
             "--zero-bits",
             "--qq_zero_bits",
-            "zero_bits",
             type=int,
             help="Bits of a zero; 16 keeps it in fp16.",
         ),
-        click.option(
+        _setting(
+            "outlier_threshold",
             "--outlier-threshold",
             "--outlier_threshold",
-            "outlier_threshold",
             type=float,
             help="Relative error above which a weight is kept in fp16; inf keeps none.",
         ),
@@ -174,17 +187,17 @@ config_options = _apply(
             is_flag=True,
             help="Skip the leave-one-out search for outliers.",
         ),
-        click.option(
+        _setting(
+            "permutation",
             "--permutation",
             "--permutation_order",
-            "permutation",
             type=Dashed(PERMUTATIONS),
             help="Order in which input columns are quantized.",
         ),
-        click.option(
+        _setting(
+            "damping",
             "--damping",
             "--percdamp",
-            "damping",
             type=float,
             help="Share of the mean of the Hessian's diagonal added to it.",
         ),

@@ -6,10 +6,21 @@ import click
 
 import spqr_numba
 
+from .bench import bench
+from .compress import compress
+from .demo import demo
+from .eval import evaluate
+from .generate import generate
+from .inspect import inspect
+
 __all__ = ["main"]
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(spqr_numba.__version__)
 def main() -> None:
     """Compress language models to 3 to 5 bits a weight, and use them."""
+
+
+for command in (compress, evaluate, generate, inspect, demo, bench):
+    main.add_command(command)

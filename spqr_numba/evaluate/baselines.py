@@ -16,9 +16,11 @@ from ..config import SpqrConfig
 from ..nn import SpqrLinear
 from .perplexity import perplexity
 
-__all__ = ["Measurement", "baseline_configs", "measure"]
+__all__ = ["Measurement", "baseline_configs", "describe", "is_compressed", "measure"]
 
 DENSE_BITS = 16
+MAX_BITS = 8
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,52 @@ class Measurement:
         return asdict(self)
 
 
-def baseline_configs(bits: int = 3) -> dict[str, SpqrConfig]:
+def baseline_configs(bits: int = 3) -> list[SpqrConfig]:
     """RTN and GPTQ at `bits` and, for GPTQ, one bit more: about what SpQR at `bits` stores."""
-    configs = {
-        f"RTN {bits} bit, group 16": SpqrConfig.rtn(bits, 16),
-        f"GPTQ {bits} bit": SpqrConfig.gptq(bits),
-    }
-    if bits < 8:
-        configs[f"GPTQ {bits + 1} bit"] = SpqrConfig.gptq(bits + 1)
-    return configs
+    configs = [SpqrConfig.rtn(bits, 16), SpqrConfig.gptq(bits)]
+    return configs if bits == MAX_BITS else [*configs, SpqrConfig.gptq(bits + 1)]
+
+
+def describe(config: SpqrConfig) -> str:
+    """A config in a few words: "GPTQ 3 bit", "SpQR 3 bit, group 16"."""
+    if not config.use_hessian:
+        method = "RTN"
+    elif config.outlier_threshold is None and config.scale_bits == config.zero_bits == DENSE_BITS:
+        method = "GPTQ"
+    else:
+        method = "SpQR"
+    group = "" if config.group_size is None else f", group {config.group_size}"
+    return f"{method} {config.bits} bit{group}"
+
+
+def is_compressed(model: Any) -> bool:
+    """Whether any linear of a loaded model is."""
+    return bool(_compressed(model))
 
 
 def measure(
-    name: str,
     model: Any,
     windows: Mapping[str, torch.Tensor],
+    name: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Measurement:
-    """Size and perplexity of a model on windows {name: int64 [N, L]}.
+    """Size and perplexity of a loaded model on windows {name: int64 [N, L]}.
 
     `progress` is called with the number of windows done since the last call. Raises as
     `perplexity`.
     """
     return Measurement(
-        name,
+        name or _describe_model(model),
         _bits_per_weight(model),
         _stored_bytes(model),
         {text: perplexity(model, batch, progress) for text, batch in windows.items()},
     )
+
+
+def _describe_model(model: Any) -> str:
+    if is_compressed(model):
+        return describe(model.config.quantization_config.config)
+    return DTYPE_NAMES.get(model.config.dtype, "dense")
 
 
 def _compressed(model: Any) -> list[SpqrLinear]:

@@ -1,0 +1,68 @@
+"""What `spqr eval` and `spqr demo` share: models to rows, rows to a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ._command import Cell, format_bytes, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from spqr_numba.config import SpqrConfig
+    from spqr_numba.evaluate.baselines import Measurement
+
+__all__ = ["baseline_rows", "compressed", "measure", "table"]
+
+Windows = Mapping[str, "torch.Tensor"]
+
+
+def measure(model: Any, windows: Windows, name: str | None = None) -> Measurement:
+    """A row: size and perplexity of a loaded model, with a bar over the windows."""
+    from spqr_numba.evaluate import baselines
+
+    with progress_bar(sum(map(len, windows.values())), "evaluating", "window") as bar:
+        return baselines.measure(model, windows, name, bar.update)
+
+
+@contextmanager
+def compressed(
+    source: str | None, config: SpqrConfig, calibration: Mapping[str, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer) of `source` compressed, in a folder that goes afterwards.
+
+    calibration holds the keywords of `compress`: dataset, nsamples, seqlen, seed.
+    """
+    from spqr_numba.evaluate.baselines import describe
+    from spqr_numba.model.compress import compress
+    from spqr_numba.model.integration import load_model
+
+    with TemporaryDirectory(prefix="spqr-") as folder:
+        out = Path(folder) / "model"
+        with progress_bar(description=describe(config), unit="block") as bar:
+            compress(source, out, config, progress=bar, **calibration)
+        yield load_model(str(out))
+
+
+def baseline_rows(
+    source: str | None, bits: int, windows: Windows, calibration: Mapping[str, Any]
+) -> Iterator[Measurement]:
+    """The rows of `source` as RTN and GPTQ."""
+    from spqr_numba.evaluate.baselines import baseline_configs
+
+    for config in baseline_configs(bits):
+        with compressed(source, config, calibration) as (model, _):
+            yield measure(model, windows)
+
+
+def table(rows: list[Measurement]) -> list[dict[str, Cell]]:
+    """Rows for `echo_table`: one column of perplexity a text."""
+    return [
+        {"model": row.name, "bits": round(row.bits, 3), "size": format_bytes(row.nbytes)}
+        | {f"perplexity, {text}": value for text, value in row.perplexity.items()}
+        for row in rows
+    ]

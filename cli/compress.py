@@ -1,0 +1,71 @@
+"""spqr compress: a checkpoint becomes one of 3 to 5 bits a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._command import Command, Interrupted, emit, format_bytes, progress_bar
+from ._options import calibration_options, config_from, config_options
+
+if TYPE_CHECKING:
+    from spqr_numba.config import SpqrConfig
+    from spqr_numba.model.report import CompressionReport
+
+__all__ = ["compress"]
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.argument("out", required=False)
+@config_options
+@calibration_options
+@click.option("--batch-size", type=int, help="Windows run at once.  [default: about 4096 tokens]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:
+    """Compress MODEL into the folder OUT.
+
+    MODEL is a folder, a hub name or a .gguf file; with OUT alone, it is the bundled model. A run
+    that was killed goes on where it stopped when the same command is run again.
+    """
+    if out is None:
+        model, out = None, model
+    if out is None:
+        raise click.UsageError("missing argument 'OUT', the folder to write")
+    config = config_from(options)
+    report = _compress(model, Path(out), config, options)
+    emit(report.to_dict(), as_json, lambda: _show(report))
+
+
+def _compress(
+    model: str | None, out: Path, config: SpqrConfig, options: dict[str, Any]
+) -> CompressionReport:
+    """Run with a bar over the blocks; say what Ctrl-C leaves."""
+    from spqr_numba.model.compress import compress as run
+
+    try:
+        with progress_bar(description="compressing", unit="block") as bar:
+            return run(model, out, config, progress=bar, **options)
+    except KeyboardInterrupt:
+        partial = out.with_name(f"{out.name}.partial")
+        if not partial.exists():
+            raise
+        raise Interrupted(
+            f"interrupted; the finished blocks are kept in {partial}: run the same command again"
+            " to go on behind them, or delete that folder"
+        ) from None
+
+
+def _show(report: CompressionReport) -> None:
+    rows = [
+        ("weights compressed", f"{sum(row.weights for row in report.layers):,}"),
+        ("bits a weight", f"{report.bits:.3f} measured, {report.formula_bits:.3f} by formula"),
+        ("outliers", f"{report.outlier_share:.2%}"),
+        ("folder", f"{report.out} ({format_bytes(report.bytes)})"),
+        ("seconds", ", ".join(f"{name} {s:.1f}" for name, s in report.seconds.items())),
+    ]
+    width = max(len(title) for title, _ in rows)
+    for title, text in rows:
+        click.echo(f"{title.ljust(width)}  {text}")
