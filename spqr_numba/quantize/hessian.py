@@ -1,0 +1,127 @@
+"""The Hessian of one layer's inputs, and its factor U that every error is weighed and spread with.
+
+H = (2/N) sum x x^T over the layer's N calibration inputs. U is upper triangular with
+U^T U = H^-1 (H permuted and damped): the inverse of the reversed Cholesky factor, so that one
+Cholesky and one triangular inverse suffice. With J the reversal of order and J H J = L L^T,
+H = (J L J)(J L J)^T and U = J L^-1 J.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..config import SpqrConfig
+from ..errors import InputError, NumericsError
+from .permutation import column_order
+
+__all__ = ["Factorization", "Hessian", "factorize"]
+
+log = logging.getLogger(__name__)
+
+PANEL = 512  # columns of a Hessian that one product accumulates
+DAMPING_STEPS = 6
+DAMPING_FLOOR = 0.01
+DAMPING_GROWTH = 10.0
+
+
+class Hessian:
+    """Accumulates H = (2/N) sum x x^T in fp32 over inputs x [in_features]."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._inputs = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [..., in_features], any float dtype. Raises InputError for another width."""
+        n = len(self._sum)
+        if inputs.shape[-1] != n:
+            raise InputError(f"inputs have {inputs.shape[-1]} features; the Hessian has {n}")
+        x = inputs.reshape(-1, n).to(torch.float32)
+        self._inputs += len(x)
+        for start in range(0, n, PANEL):  # the lower triangle of panels follows by symmetry
+            panel = x[:, start : start + PANEL]
+            self._sum[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """H: fp32 [in_features, in_features]. Raises NumericsError for NaN or inf."""
+        upper = self._sum.triu()
+        hessian = (upper + upper.triu(1).T) * (2 / max(self._inputs, 1))
+        if not torch.isfinite(hessian).all():
+            raise NumericsError("the layer's inputs hold NaN or inf; check the model's weights")
+        return hessian
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """What quantizing needs to know of a layer's inputs; shared by layers with the same inputs.
+
+    order     int64 [n]     the input that each permuted column belongs to
+    hessian   fp32 [n, n]   permuted, not damped; None where nothing is known of the inputs
+    upper     fp32 [n, n]   U; None where weights are rounded to nearest
+    dead      bool [n]      inputs that were always 0, permuted
+    damping   share of mean(diag H) that was added
+    """
+
+    order: torch.Tensor
+    hessian: torch.Tensor | None
+    upper: torch.Tensor | None
+    dead: torch.Tensor
+    damping: float
+
+
+def factorize(
+    hessian: torch.Tensor, config: SpqrConfig, weight: torch.Tensor | None = None
+) -> Factorization:
+    """Order, damp and factorise H (fp32 [n, n]).
+
+    weight fp32 [m, n] is only read for permutation="spearman". Where H with its damping is not
+    positive definite the damping grows tenfold, up to six times; then NumericsError, or, with
+    on_failed_factorization="round-to-nearest", a Factorization without U.
+    """
+    order = column_order(config.permutation, hessian.diagonal(), weight)
+    permuted = hessian[order][:, order].contiguous()
+    dead = permuted.diagonal() == 0
+    for damping in damping_steps(config.damping):
+        upper = inverse_cholesky(damped(permuted, dead, damping))
+        if upper is not None:
+            return Factorization(order, permuted, upper, dead, damping)
+        log.warning("the Hessian is not positive definite with damping %g; trying more", damping)
+    if config.on_failed_factorization == "round-to-nearest":
+        log.warning("no damping helps; rounding this layer to nearest")
+        return Factorization(order, permuted, None, dead, damping)
+    raise NumericsError(
+        f"the Hessian cannot be factorised, even with damping {damping:g}; use more calibration"
+        " text, a larger damping, or on_failed_factorization='round-to-nearest'"
+    )
+
+
+def damping_steps(damping: float) -> list[float]:
+    """The configured damping, then ever larger ones."""
+    steps = [damping]
+    while len(steps) < DAMPING_STEPS:
+        steps.append(max(steps[-1] * DAMPING_GROWTH, DAMPING_FLOOR))
+    return steps
+
+
+def damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
+    """H with damping * mean(diag H) on its diagonal, and 1 where the input is dead."""
+    result = hessian.clone()
+    diagonal = result.diagonal()
+    diagonal += damping * diagonal.mean()
+    diagonal[dead] = 1
+    return result
+
+
+def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor | None:
+    """U [n, n] fp32, upper, U^T U = H^-1; None where H is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if failed:
+        return None
+    identity = torch.eye(len(hessian), device=hessian.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    healthy = torch.isfinite(upper).all() and (upper.diagonal() > 0).all()
+    return upper if healthy else None
