@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
+from .model.registration import install as _install
+
 __version__ = "0.1.0"
+
+_install()  # AutoModelForCausalLM.from_pretrained finds compressed models

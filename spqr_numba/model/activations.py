@@ -1,0 +1,207 @@
+"""What goes into each decoder block: hidden states, and the arguments that come along.
+
+Masks, position embeddings and the like differ between models, and in some (Gemma 2 and 3) between
+blocks, so they are never guessed: the model's own forward runs with every block replaced by a
+recorder, which keeps its arguments and hands the hidden states on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+__all__ = ["Activations", "BlockCall", "StopForward"]
+
+# What a block class may return: hidden states, or a tuple that begins with them.
+RETURNS: tuple[Callable[[torch.Tensor], object], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+)
+RECORDING_ERRORS = (AttributeError, IndexError, ModelError, RuntimeError, TypeError, ValueError)
+HIDDEN_STATES = "hidden_states"
+
+
+class StopForward(Exception):  # noqa: N818 - control flow, no error
+    """Leaves a forward pass from inside a hook: the rest of it is not needed."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with besides hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class Activations:
+    """The hidden states of all calibration windows on their way through the blocks.
+
+    states       [windows, L, d], what the next block gets; replaced in place
+    batch_size   windows run at once
+    calls        number of windows -> the arguments of each block for a batch of so many
+    """
+
+    def __init__(
+        self, states: torch.Tensor, batch_size: int, calls: dict[int, list[BlockCall]]
+    ) -> None:
+        self.states = states
+        self.batch_size = batch_size
+        self.calls = calls
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        windows: torch.Tensor,
+        batch_size: int,
+        states: torch.Tensor | None = None,
+    ) -> Self:
+        """Embed token windows [windows, L], or go on from the `states` of an earlier run.
+
+        Everything of `model` in front of its blocks must be loaded. Raises ModelError where the
+        blocks cannot be run one by one.
+        """
+        batches = windows.split(batch_size)
+        if states is None:
+            states = torch.cat([embed(model, blocks[0], batch) for batch in batches])
+        samples = {len(batch): batch for batch in (windows[:1], batches[0], batches[-1])}
+        calls = {size: record_calls(model, blocks, batch) for size, batch in samples.items()}
+        if len(windows) > 1:
+            check_token_independence(calls[1], record_calls(model, blocks, windows[1:2]))
+        return cls(states, batch_size, calls)
+
+    def run_first(self, block: nn.Module, index: int) -> None:
+        """Run block `index` on the first window alone: what its hooks see, all windows will."""
+        self._run(block, index, self.states[:1])
+
+    def run_all(self, block: nn.Module, index: int) -> None:
+        """Run block `index` on every window, for what its hooks see; any may stop a batch."""
+        for batch in self.states.split(self.batch_size):
+            try:
+                self._run(block, index, batch)
+            except StopForward:
+                continue
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the states by what block `index` makes of them."""
+        for batch in self.states.split(self.batch_size):
+            batch.copy_(self._run(block, index, batch))
+
+    def _run(self, block: nn.Module, index: int, batch: torch.Tensor) -> torch.Tensor:
+        call = self.calls[len(batch)][index]
+        output = block(batch, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def embed(model: nn.Module, first_block: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The hidden states that the first block gets for token windows [B, L]: [B, L, d]."""
+    caught: list[torch.Tensor] = []
+
+    def catch(*args: Any, **kwargs: Any) -> None:
+        caught.append(_split(args, kwargs)[0])
+        raise StopForward
+
+    with _replaced([first_block], [catch]):
+        _forward(model, windows)
+    return caught[0]
+
+
+def record_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor
+) -> list[BlockCall]:
+    """The arguments of every block for a batch of the shape of `windows` [B, L].
+
+    Raises ModelError where hidden states do not go straight from one block to the next.
+    """
+    failure: Exception | None = None
+    for returns in RETURNS:
+        try:
+            return _record(model, blocks, windows, returns)
+        except RECORDING_ERRORS as error:
+            failure = error  # the model may unpack something else than `returns` gives
+    raise ModelError(
+        f"{type(model).__name__} does not pass hidden states straight from one decoder block to the"
+        f" next, so it cannot be compressed ({failure})"
+    ) from failure
+
+
+def check_token_independence(first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
+    """Raise ModelError where the arguments of two recordings of equal shape differ."""
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        for name, value in one.kwargs.items():
+            if not _same(value, other.kwargs.get(name)):
+                raise ModelError(
+                    f"decoder block {index} gets an argument that depends on the tokens"
+                    f" ({name}); such a model cannot be compressed"
+                )
+
+
+def _record(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    windows: torch.Tensor,
+    returns: Callable[[torch.Tensor], object],
+) -> list[BlockCall]:
+    """`record_calls`, if every block returns `returns(hidden)`."""
+    calls: list[BlockCall] = []
+    sent: list[torch.Tensor] = []
+
+    def recorder(*args: Any, **kwargs: Any) -> object:
+        hidden, call = _split(args, kwargs)
+        if sent and hidden is not sent[-1]:
+            raise ModelError(f"hidden states change between blocks {len(sent) - 1} and {len(sent)}")
+        sent.append(hidden)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise StopForward
+        return returns(hidden)
+
+    with _replaced(blocks, [recorder] * len(blocks)):
+        _forward(model, windows)
+    return calls
+
+
+def _forward(model: nn.Module, windows: torch.Tensor) -> None:
+    """The model's forward, until a recorder stops it."""
+    try:
+        model(input_ids=windows, use_cache=False)
+    except StopForward:
+        return
+    raise ModelError(f"{type(model).__name__} runs without calling its last decoder block")
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+    """The blocks with other forward functions; all else of them (attention_type) stays visible."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:
+    """Hidden states, by position or by name, and the rest."""
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    rest = {name: value for name, value in kwargs.items() if name != HIDDEN_STATES}
+    return kwargs[HIDDEN_STATES], BlockCall((), rest)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return isinstance(other, tuple | list) and all(map(_same, one, other))
+    return True  # flags and None

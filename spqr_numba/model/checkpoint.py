@@ -1,0 +1,196 @@
+"""Writing a compressed model: block by block, resumable, and whole or not there at all.
+
+Everything goes into `<OUT>.partial` first: one safetensors shard a block, one for the rest, and the
+hidden states that the next block starts from. A run that was killed finds its shards there and goes
+on behind the last one. When all is written, the folder gets its config and is renamed to OUT.
+
+    progress.json              fingerprint of the run; its presence marks the folder as unfinished
+    model-00001-of-00003...    shards, each renamed into place when whole
+    hidden-00001.safetensors   hidden states that block 1 gets; the one before is deleted
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from ..errors import CheckpointError
+from .source import CONFIG_FILE, INDEX_FILE
+
+__all__ = ["CheckpointWriter"]
+
+PROGRESS_FILE = "progress.json"
+HIDDEN = "hidden"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """The folder OUT while it is being made.
+
+    out           where the model goes
+    blocks        number of decoder blocks
+    fingerprint   of everything that shapes the result; a partial run is continued only if equal
+    overwrite     replace OUT, once the new one is whole
+
+    Raises CheckpointError where OUT exists and overwrite is not set, or cannot be made.
+    """
+
+    def __init__(
+        self, out: Path, blocks: int, fingerprint: str, *, overwrite: bool = False
+    ) -> None:
+        check_free(out, overwrite)
+        self.out = out
+        self.partial = out.with_name(f"{out.name}.partial")
+        self._blocks = blocks
+        self._shards = blocks + 1
+        with self._reported("make the folder"):
+            self.finished_blocks = self._resume(fingerprint)
+
+    def write_block(
+        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None
+    ) -> None:
+        """Write the shard of block `index`, and `hidden`, which block index + 1 gets.
+
+        hidden [windows, L, d], None where no block needs it. Once this returns the block is safe.
+        """
+        if hidden is not None:
+            self._write(self._hidden_path(index + 1), {HIDDEN: hidden})
+        self._write(self._shard_path(index), tensors)
+        self._hidden_path(index).unlink(missing_ok=True)
+        self.finished_blocks = index + 1
+
+    def write_rest(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the shard of everything outside the blocks."""
+        self._write(self._shard_path(self._blocks), tensors)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write the small file `name`, at once and whole."""
+        with self._reported(f"write {name}"):
+            _replace(self.partial / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read_text(self, name: str) -> str:
+        """What `write_text` wrote, in this run or the one that it continues; "" if nothing."""
+        path = self.partial / name
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def read_hidden(self) -> torch.Tensor:
+        """The hidden states that the first unfinished block gets: [windows, L, d]."""
+        return load_file(self._hidden_path(self.finished_blocks))[HIDDEN]
+
+    def finish(self, config: str) -> None:
+        """Write index and config, and rename the folder to OUT, in one step."""
+        self.write_text(INDEX_FILE, json.dumps(self._index(), indent=2) + "\n")
+        self.write_text(CONFIG_FILE, config)
+        self._hidden_path(self._blocks).unlink(missing_ok=True)
+        with self._reported("finish"):
+            for path in self.partial.iterdir():
+                _sync(path)
+            (self.partial / PROGRESS_FILE).unlink()
+            _move_into_place(self.partial, self.out)
+
+    def _resume(self, fingerprint: str) -> int:
+        """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
+        found = self.read_text(PROGRESS_FILE)
+        if found and json.loads(found)["fingerprint"] == fingerprint:
+            finished = self._count_finished()
+            logger.warning(
+                "%s: continuing behind %d finished of %d blocks",
+                self.partial, finished, self._blocks,
+            )  # fmt: skip
+            return finished
+        if self.partial.exists():
+            logger.warning(
+                "%s is of another model, settings or calibration: starting anew", self.partial
+            )
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        self.write_text(PROGRESS_FILE, json.dumps({"fingerprint": fingerprint}))
+        return 0
+
+    def _count_finished(self) -> int:
+        finished = 0
+        while finished < self._blocks and self._shard_path(finished).is_file():
+            finished += 1
+        return finished
+
+    def _shard_path(self, index: int) -> Path:
+        return self.partial / f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
+
+    def _hidden_path(self, index: int) -> Path:
+        return self.partial / f"hidden-{index:05d}.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with self._reported(f"write {path.name}"):
+            _replace(path, lambda to: save_file(contiguous, to, metadata={"format": "pt"}))
+
+    def _index(self) -> dict[str, Any]:
+        weight_map: dict[str, str] = {}
+        total_size = 0
+        for index in range(self._shards):
+            path = self._shard_path(index)
+            with safe_open(path, framework="pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+            total_size += path.stat().st_size
+        return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+    @contextmanager
+    def _reported(self, action: str) -> Iterator[None]:
+        """Turn failures to write into CheckpointErrors that say what to do."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error):
+                raise CheckpointError(
+                    f"no space left to {action} in {self.partial}; free some and run the same"
+                    " command again: it continues behind the last finished block"
+                ) from error
+            raise CheckpointError(f"cannot {action} in {self.partial}: {error}") from error
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise CheckpointError where OUT exists and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists; choose another folder, or overwrite it (--overwrite)")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, and a model is a folder; choose another name")
+
+
+def _replace(path: Path, write: Any) -> None:
+    """write(temporary path), then rename: `path` never exists half-written."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(whole: Path, out: Path) -> None:
+    """Rename `whole` to `out`; a folder that is there goes only when the new one has its place."""
+    old = out.with_name(f"{out.name}.old")
+    if out.exists():
+        out.rename(old)
+    whole.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,305 @@
+"""The block loop: how one checkpoint becomes another.
+
+    embed the calibration windows
+    for each decoder block:
+        read its weights
+        pass 1: run all windows, accumulate H for each input that linears share
+        quantize the linears, and put what was stored into them
+        pass 2: run all windows again: what the next block gets
+        write the block
+    write the rest as it is
+
+Only the hidden states and one block are in memory. Pass 1 stops at the last linear, whose output
+nobody needs; the last block has no pass 2; rounding to nearest has no pass at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..config import SpqrConfig
+from ..errors import ConfigError, DataError
+from ..format.layout import FORMAT_VERSION
+from ..quantize.solver import QuantizedWeight
+from .activations import Activations
+from .blocks import Blocks, check_causal, check_dense, find_blocks, plan
+from .calibration import load_tokens, sample_windows
+from .checkpoint import CheckpointWriter, check_free
+from .quantize_block import BlockQuantizer
+from .report import (
+    LAYERS_FILE,
+    Clock,
+    CompressionReport,
+    LayerRow,
+    formula_bits,
+    read_rows,
+    rows_to_csv,
+)
+from .skeleton import Weights, build_skeleton, load, release, stored_names
+from .source import Source, open_source
+
+__all__ = ["Progress", "compress"]
+
+DEFAULT_SEQLEN = 2048
+BATCH_TOKENS = 4096
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """A progress bar over the blocks, as tqdm makes them."""
+
+    total: Any
+
+    def update(self, n: int = 1) -> Any:
+        """`n` more blocks are done."""
+
+    def set_postfix_str(self, s: str) -> Any:
+        """What is being done now."""
+
+
+def compress(
+    model: str | None,
+    out: Path | str,
+    config: SpqrConfig,
+    *,
+    dataset: str | None = None,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress a model into the folder `out`, and say how it went.
+
+    model        folder, .gguf file, hub name, or None for the bundled model
+    dataset      calibration text (calibration.py), None for Python's manual
+    nsamples     windows of calibration text
+    seqlen       tokens a window; None is the model's context, 2048 at most
+    seed         of the choice of windows
+    overwrite    replace `out` if it exists
+    batch_size   windows run at once; None makes batches of about 4096 tokens
+    device       where blocks are run and quantized
+    progress     a bar over the blocks
+
+    A run that is killed leaves `<out>.partial`, and the same call continues it behind the last
+    finished block. Raises CheckpointError, ModelError, DataError, ConfigError or NumericsError for
+    what their names say.
+    """
+    out = Path(out).expanduser()
+    check_free(out, overwrite)
+    clock = Clock()
+    with clock("prepare"), torch.no_grad():
+        source = open_source(model)
+        check_dense(source.config)
+        check_causal(source.config)
+        job = Compression(source, config, torch.device(device), clock)
+        tokenizer = source.tokenizer()
+        if job.calibrates:
+            tokens = load_tokens(dataset, tokenizer)
+            job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
+        job.open(out, overwrite)
+    with torch.no_grad():
+        return job.run(_Silent() if progress is None else progress)
+
+
+class Compression:
+    """One model on its way from `source` to a folder."""
+
+    def __init__(
+        self, source: Source, config: SpqrConfig, device: torch.device, clock: Clock
+    ) -> None:
+        """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
+        self.source, self.config, self.device, self.clock = source, config, device, clock
+        self.dtype = torch.float32 if device.type == "cpu" else source.config.dtype
+        self.model: Any = build_skeleton(source.config, self.dtype)
+        self.blocks: Blocks = find_blocks(self.model)
+        self.settings = plan(self.blocks, config)
+        self.calibrates = any(chosen.use_hessian for chosen in self.settings.values())
+        self.weights: Weights = source.weights(self.model)
+        self.names = stored_names(self.model)
+        self.windows: torch.Tensor | None = None
+        self.batch_size = 0
+
+    def calibrate_on(
+        self,
+        tokens: torch.Tensor,
+        nsamples: int,
+        seqlen: int | None,
+        seed: int,
+        batch_size: int | None,
+    ) -> None:
+        """Draw the calibration windows.
+
+        Raises ConfigError for a seqlen beyond the model's context, DataError for too few tokens or
+        tokens that the model does not have.
+        """
+        text_config = self.source.config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+        seqlen = seqlen or min(context, DEFAULT_SEQLEN)
+        if seqlen > context:
+            raise ConfigError(f"seqlen is {seqlen}, and the model's context is {context} tokens")
+        if tokens.max() >= text_config.vocab_size:
+            raise DataError(
+                f"the text has token {tokens.max().item()}, and the model knows 0 ..."
+                f" {text_config.vocab_size - 1}; tokenizer and model do not belong together"
+            )
+        self.windows = sample_windows(tokens, nsamples, seqlen, seed)
+        self.batch_size = batch_size or max(1, BATCH_TOKENS // seqlen)
+
+    def open(self, out: Path, overwrite: bool) -> None:
+        """Start writing `out`, or go on with what an earlier run of the same job left."""
+        self.writer = CheckpointWriter(
+            out, len(self.blocks), self.fingerprint(), overwrite=overwrite
+        )
+        self.rows = read_rows(self.writer.read_text(LAYERS_FILE))
+
+    def fingerprint(self) -> str:
+        """A hash of everything that shapes the result."""
+        windows = b"" if self.windows is None else self.windows.numpy().tobytes()
+        parts = {
+            "version": __version__,
+            "format_version": FORMAT_VERSION,
+            "source": self.source.fingerprint,
+            "config": self.config.to_dict(),
+            "windows": sha256(windows).hexdigest(),
+            "batch_size": self.batch_size,
+            "device": self.device.type,
+        }
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def run(self, progress: Progress) -> CompressionReport:
+        """Compress every unfinished block, write the rest, and give the folder its name."""
+        start = self.writer.finished_blocks
+        progress.total = len(self.blocks)
+        progress.update(start)
+        finished = [self.blocks.name(index) + "." for index in range(start)]
+        self.rows = [row for row in self.rows if row.layer.startswith(tuple(finished))]
+        activations = self._start_activations() if start < len(self.blocks) else None
+        for index in range(start, len(self.blocks)):
+            progress.set_postfix_str(self.blocks.name(index))
+            self._compress_block(index, activations)
+            progress.update(1)
+        with self.clock("write"):
+            self._write_rest()
+        return self._report()
+
+    def _start_activations(self) -> Activations | None:
+        """What the first unfinished block gets; None where nothing calibrates."""
+        if self.windows is None:
+            return None
+        names = [name for name in self._rest() if not self._is_head(name)]
+        states = self.writer.read_hidden() if self.writer.finished_blocks else None
+        with self.clock("forward"):
+            self._load(names)
+            activations = Activations.start(
+                self.model, self.blocks.modules, self.windows, self.batch_size, states
+            )
+            release(self.model, names)
+        return activations
+
+    def _compress_block(self, index: int, activations: Activations | None) -> None:
+        name, block = self.blocks.name(index), self.blocks.modules[index]
+        stored = [stored for stored in self.names if stored.startswith(f"{name}.")]
+        with self.clock("read"):
+            self._load(stored)
+        quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
+        results = quantizer.quantize(activations, self.config.true_sequential)
+        last = index + 1 == len(self.blocks)
+        if activations is not None and not last:
+            with self.clock("forward"):
+                activations.advance(block, index)
+        release(self.model, stored)
+        with self.clock("write"):
+            self.rows += [self._row(layer, result) for layer, result in results.items()]
+            self.writer.write_text(LAYERS_FILE, rows_to_csv(self.rows))
+            hidden = None if activations is None or last else activations.states
+            self.writer.write_block(index, self._block_tensors(stored, results), hidden)
+
+    def _block_tensors(
+        self, stored: Iterable[str], results: Mapping[str, QuantizedWeight]
+    ) -> dict[str, torch.Tensor]:
+        """What the shard of a block holds: compressed weights, and all else as it was."""
+        tensors = {
+            f"{layer}.{buffer}": tensor.cpu()
+            for layer, result in results.items()
+            for buffer, tensor in result.matrix.tensors.items()
+        }
+        compressed = {f"{layer}.weight" for layer in results}
+        return tensors | self._read(name for name in stored if name not in compressed)
+
+    def _write_rest(self) -> None:
+        from .quantizer import SpqrQuantizationConfig
+
+        self.writer.write_rest(self._read(self._rest()))
+        self.source.write_companions(self.writer.partial)
+        config = deepcopy(self.source.config)
+        config.architectures = [type(self.model).__name__]
+        config.quantization_config = SpqrQuantizationConfig(self.config)
+        self.writer.finish(config.to_json_string())
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors as they are stored; only buffers may be missing in the checkpoint."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        wanted = (name for name in names if name in self.weights or name in parameters)
+        return {name: self.weights.read(name) for name in wanted}
+
+    def _load(self, names: Iterable[str]) -> None:
+        load(self.model, names, self.weights, self.device, self.dtype)
+
+    def _rest(self) -> list[str]:
+        """Names of everything outside the blocks."""
+        return [name for name in self.names if not name.startswith(f"{self.blocks.path}.")]
+
+    def _is_head(self, name: str) -> bool:
+        head: nn.Module | None = self.model.get_output_embeddings()
+        return head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head
+
+    def _row(self, layer: str, result: QuantizedWeight) -> LayerRow:
+        report, matrix = result.report, result.matrix
+        config = self.settings[layer]
+        return LayerRow(
+            layer=layer,
+            rows=matrix.spec.out_features,
+            columns=matrix.spec.in_features,
+            loss=report.loss,
+            relative_loss=report.relative_loss,
+            outlier_share=report.outlier_share,
+            threshold=report.threshold,
+            damping=report.damping,
+            error_before=report.error_before,
+            error_after=report.error_after,
+            bits=matrix.bits_per_weight,
+            formula_bits=formula_bits(config, matrix.spec, matrix.outlier_share),
+            rounded=report.rounded_to_nearest,
+            seconds=report.seconds,
+        )
+
+    def _report(self) -> CompressionReport:
+        out = self.writer.out
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return CompressionReport(out, self.rows, dict(self.clock.seconds), size)
+
+
+class _Silent:
+    """No progress bar."""
+
+    total: Any = None
+
+    def update(self, n: int = 1) -> None:
+        """Nothing to show."""
+
+    def set_postfix_str(self, s: str) -> None:
+        """Nothing to show."""

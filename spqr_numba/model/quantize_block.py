@@ -1,0 +1,161 @@
+"""One decoder block: a Hessian for each of its inputs, then its linears one after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from ..config import SpqrConfig
+from ..errors import ModelError, NumericsError
+from ..quantize.hessian import Factorization, Hessian, factorize
+from ..quantize.solver import QuantizedWeight, quantize_weight
+from .activations import Activations, StopForward
+from .blocks import InputGroup, find_linears, first_input, input_groups, pre_hook
+from .report import Clock
+
+__all__ = ["BlockQuantizer"]
+
+logger = logging.getLogger(__name__)
+
+
+class BlockQuantizer:
+    """Compresses the linears of one block and leaves in them what was stored.
+
+    block       its weights loaded
+    name        of the block in the model
+    index       of the block
+    settings    full module name -> settings, of every linear to compress
+    clock       for the seconds of each phase
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        index: int,
+        settings: Mapping[str, SpqrConfig],
+        clock: Clock,
+    ) -> None:
+        self.block, self.index, self.clock = block, index, clock
+        named = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
+        self.linears = {linear: module for linear, module in named.items() if linear in settings}
+        self.settings = {linear: settings[linear] for linear in self.linears}
+
+    def quantize(
+        self, activations: Activations | None, sequential: bool
+    ) -> dict[str, QuantizedWeight]:
+        """Full module name -> result, for every linear of the block that `settings` names.
+
+        activations are what the block gets, None where no linear needs a Hessian. sequential
+        calibrates each linear on the outputs of the compressed ones before it. Raises NumericsError
+        for inputs with NaN or inf, ModelError for a linear that no input reaches.
+        """
+        if activations is None:
+            return {name: self._quantize(name, None) for name in self.linears}
+        results: dict[str, QuantizedWeight] = {}
+        groups = self._input_groups(activations)
+        for stage in [[group] for group in groups] if sequential else [groups]:
+            hessians = self._accumulate(stage, activations)
+            for group in stage:
+                results |= self._quantize_group(group, hessians.get(group))
+        return results
+
+    def _input_groups(self, activations: Activations) -> list[InputGroup]:
+        """The linears that share an input, in the order in which they run."""
+        groups = input_groups(self.linears, lambda: activations.run_first(self.block, self.index))
+        reached = {name for group in groups for name in group.names}
+        for name in self.linears:
+            if name not in reached and self.settings[name].use_hessian:
+                raise ModelError(
+                    f"{name} is never called on the calibration text, so there is nothing to"
+                    " calibrate it on; leave it dense with a skip pattern"
+                )
+        return groups + [InputGroup((name,), 0) for name in self.linears if name not in reached]
+
+    def _accumulate(
+        self, groups: Sequence[InputGroup], activations: Activations
+    ) -> dict[InputGroup, Hessian]:
+        """The Hessian of each group's input, where a linear of the group needs one."""
+        hessians = {
+            group: self._hessian(self.linears[group.names[0]])
+            for group in groups
+            if any(self.settings[name].use_hessian for name in group.names)
+        }
+        if not hessians:
+            return {}
+        awaited = {group: group.calls for group in hessians}
+        with self.clock("forward"), ExitStack() as hooks:
+            hooks.enter_context(
+                pre_hook(self.block, lambda *_: awaited.update((g, g.calls) for g in hessians))
+            )
+            for group, hessian in hessians.items():
+                linear = self.linears[group.names[0]]
+                hooks.enter_context(pre_hook(linear, self._hook(group, hessian, awaited)))
+            activations.run_all(self.block, self.index)
+        return hessians
+
+    def _hook(
+        self, group: InputGroup, hessian: Hessian, awaited: dict[InputGroup, int]
+    ) -> Callable:
+        """Adds a batch to `hessian`, and stops the pass behind the last one awaited."""
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            with self.clock("hessian"):
+                hessian.add(first_input(args, kwargs))
+            awaited[group] -= 1
+            if not any(awaited.values()):
+                raise StopForward
+
+        return hook
+
+    def _quantize_group(
+        self, group: InputGroup, hessian: Hessian | None
+    ) -> dict[str, QuantizedWeight]:
+        """Compress linears of one input; those with equal settings share permutation and U."""
+        if hessian is None:
+            return {name: self._quantize(name, None) for name in group.names}
+        with named(group.names[0]):
+            matrix = hessian.matrix
+        factorizations: dict[tuple, Factorization] = {}
+        results = {}
+        for name in group.names:
+            key = self._factorization_key(name)
+            if key is not None and key not in factorizations:
+                with self.clock("quantize"), named(name):
+                    weight = self.linears[name].weight
+                    factorizations[key] = factorize(matrix, self.settings[name], weight)
+            results[name] = self._quantize(name, factorizations.get(key) if key else None)
+        return results
+
+    def _factorization_key(self, name: str) -> tuple | None:
+        """Equal for linears of one input that can share a Factorization; None where none is used.
+
+        The order "spearman" looks at the weight too, so it is never shared.
+        """
+        config = self.settings[name]
+        if not config.use_hessian:
+            return None
+        own = name if config.permutation == "spearman" else None
+        return (config.permutation, config.damping, config.on_failed_factorization, own)
+
+    def _quantize(self, name: str, factorization: Factorization | None) -> QuantizedWeight:
+        """Compress one linear and put what was stored into it."""
+        linear, config = self.linears[name], self.settings[name]
+        with self.clock("quantize"), named(name):
+            result = quantize_weight(linear.weight, factorization, config)
+            linear.weight.copy_(result.weight)
+        if config.use_hessian and result.report.damping > config.damping:
+            logger.warning("%s: damping raised to %g", name, result.report.damping)
+        return result
+
+
+@contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Put the layer's name in front of NumericsErrors."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{layer}: {error}") from error

@@ -1,0 +1,190 @@
+"""What a compression run tells about itself: a row a layer, bits, seconds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import SpqrConfig
+from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
+
+__all__ = [
+    "LAYERS_FILE",
+    "Clock",
+    "CompressionReport",
+    "LayerRow",
+    "formula_bits",
+    "read_rows",
+    "rows_to_csv",
+]
+
+LAYERS_FILE = "layers.csv"
+SECOND_LEVEL_BITS = 2 * 16  # the scale and the zero of a statistic's codes
+OUTLIER_VALUE_BITS = 16
+ROW_OFFSET_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One compressed linear, as a line of layers.csv.
+
+    layer           full module name
+    rows, columns   out_features, in_features
+    loss            tr((W - W_hat) H (W - W_hat)^T); without H, the squared error
+    relative_loss   loss over tr(W H W^T)
+    outlier_share   outliers a weight
+    threshold       the outlier threshold T on err^2, inf where no outliers are kept
+    damping         share of mean(diag H) that was added in the end
+    error_before    sum of err^2 as quantized, before outliers are taken out
+    error_after     the same after
+    bits            bits a weight, from the bytes on disk
+    formula_bits    bits a weight, by `formula_bits`
+    rounded         True where it was rounded to nearest, by setting or because H failed
+    seconds         spent on this weight
+    """
+
+    layer: str
+    rows: int
+    columns: int
+    loss: float
+    relative_loss: float
+    outlier_share: float
+    threshold: float
+    damping: float
+    error_before: float
+    error_after: float
+    bits: float
+    formula_bits: float
+    rounded: bool
+    seconds: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A finished run.
+
+    out       the folder
+    layers    a row a compressed linear, in the order of the model
+    seconds   phase -> seconds: prepare, forward, hessian, quantize, write (of this run only, where
+              it continued another)
+    bytes     of all files in the folder
+    """
+
+    out: Path
+    layers: list[LayerRow]
+    seconds: dict[str, float]
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight over all compressed linears, from the bytes on disk."""
+        return self._average("bits")
+
+    @property
+    def formula_bits(self) -> float:
+        """Bits a weight over all compressed linears, by `formula_bits`."""
+        return self._average("formula_bits")
+
+    @property
+    def outlier_share(self) -> float:
+        """Outliers a weight over all compressed linears."""
+        return self._average("outlier_share")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            "out": str(self.out),
+            "bits": self.bits,
+            "formula_bits": self.formula_bits,
+            "outlier_share": self.outlier_share,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "layers": [asdict(row) for row in self.layers],
+        }
+
+    def _average(self, column: str) -> float:
+        weights = sum(row.weights for row in self.layers)
+        return sum(row.weights * getattr(row, column) for row in self.layers) / weights
+
+
+class Clock:
+    """Seconds by phase; a phase inside another is not counted twice.
+
+    clock = Clock()
+    with clock("forward"):
+        with clock("hessian"):
+            ...
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside for `phase`."""
+        self._charge()
+        self._running.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+
+def formula_bits(config: SpqrConfig, spec: MatrixSpec, outlier_share: float) -> float:
+    """Bits a weight by the formula of DESIGN.md, for a matrix of any size.
+
+    Ragged groups and stats blocks, row offsets and the permutation are counted, which
+    `SpqrConfig.formula_bits` leaves out because they vanish in large matrices.
+    """
+    rows, columns = spec.out_features, spec.in_features
+    index_bits = 8 * index_dtype(columns).itemsize
+    bits = float(spec.bits * rows * columns)
+    for statistic_bits in (spec.scale_bits, spec.zero_bits):
+        bits += statistic_bits * rows * spec.groups
+        if statistic_bits != UNQUANTIZED_BITS:
+            bits += SECOND_LEVEL_BITS * spec.stats_groups * spec.groups
+    if config.outlier_threshold is not None:
+        bits += outlier_share * rows * columns * (index_bits + OUTLIER_VALUE_BITS)
+        bits += ROW_OFFSET_BITS * (rows + 1)
+    if config.permutation != "identity":
+        bits += index_bits * columns
+    return bits / (rows * columns)
+
+
+def rows_to_csv(rows: Iterable[LayerRow]) -> str:
+    """layers.csv: a header, then a line a layer."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(LayerRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def read_rows(text: str) -> list[LayerRow]:
+    """The rows of a layers.csv, as `rows_to_csv` wrote it."""
+    types = {"layer": str, "rows": int, "columns": int, "rounded": "True".__eq__}
+    return [
+        LayerRow(**{name: types.get(name, float)(value) for name, value in line.items()})
+        for line in csv.DictReader(io.StringIO(text))
+    ]

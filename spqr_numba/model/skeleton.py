@@ -1,0 +1,114 @@
+"""A model without its weights, and the weights of one part of it at a time.
+
+Parameters are on the meta device until `load` reads them from a checkpoint; `release` sends them
+back. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are real from the
+start, because the model's own code computes them when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ModelError, NumericsError
+
+__all__ = ["Weights", "build_skeleton", "load", "release", "stored_names"]
+
+
+class Weights(Protocol):
+    """The tensors of a checkpoint, under the names that a model has for them."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` in its stored dtype, on the CPU."""
+        ...
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal LM of a transformers config, in eval mode, every parameter on the meta device.
+
+    Raises ModelError where transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"transformers cannot build a model of type {config.model_type}: {error}"
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters on the meta device, and real buffers."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def stored_names(model: Any) -> list[str]:
+    """Names of everything that a checkpoint of `model` holds; tied tensors under one name only."""
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+
+
+def load(
+    model: nn.Module,
+    names: Iterable[str],
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Read the parameters and buffers `names` of `model`; floating-point ones become `dtype`.
+
+    A buffer that the checkpoint lacks stays as the model's code made it. Raises CheckpointError for
+    a parameter that is missing or of another shape, NumericsError for NaN or inf.
+    """
+    for name in names:
+        owner, leaf, current = _place(model, name)
+        if name not in weights and leaf in owner._buffers:
+            continue
+        tensor = weights.read(name)
+        if tensor.shape != current.shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} in the checkpoint, and config.json makes it"
+                f" {list(current.shape)}; the two do not belong together"
+            )
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        if not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name} holds NaN or inf; the checkpoint is damaged")
+        if leaf in owner._buffers:
+            setattr(owner, leaf, tensor)
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def release(model: nn.Module, names: Iterable[str]) -> None:
+    """Send the parameters among `names` back to the meta device."""
+    for name in names:
+        owner, leaf, current = _place(model, name)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(current.to("meta"), requires_grad=False))
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]:
+    """The module that holds the tensor `name`, its name there, and the tensor."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return owner, leaf, getattr(owner, leaf)
