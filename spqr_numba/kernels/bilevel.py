@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .launch import compiled
 from .scalars import decoded_statistic, float_to_half, round_through_half
 
 __all__ = ["bilevel_reference", "quantize_statistics"]
@@ -43,7 +44,7 @@ def bilevel_reference(
     return codes.astype(np.uint8), step, base, decoded.astype(np.float16).astype(np.float32)
 
 
-@njit
+@compiled()
 def quantize_statistics(statistics, bits, codes):
     """The CPU twin: codes filled, statistics replaced by what they decode to; fp16 (step, base)."""
     max_code = np.float32((1 << bits) - 1)

@@ -23,16 +23,15 @@ registers. Source: section 4.1 of arXiv 2306.03078, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
+from .launch import compiled
 from .scalars import code_of, float_to_half, half_to_float, round_through_half, weight_of
 
 __all__ = ["ColumnLoop", "quantize_columns"]
@@ -83,6 +82,20 @@ class ColumnLoop(NamedTuple):
         )
 
 
+class Settings(NamedTuple):
+    """What the column loop of one weight is told."""
+
+    bits: int
+    scale_bits: int
+    zero_bits: int
+    group_size: int
+    stats_group_size: int
+    tile_rows: int
+    round_zero: bool
+    fit_threshold: np.float32
+    threshold: np.float32
+
+
 def quantize_columns(
     loop: ColumnLoop,
     spec: MatrixSpec,
@@ -97,106 +110,99 @@ def quantize_columns(
     Columns behind them are left to the caller. fit_threshold is T for the fit (inf: leave nothing out), threshold T for the columns (inf: no
     outliers). Returns the sums of err^2 before and after outliers are taken out.
     """
-    kernel = cpu_kernel(spec.bits, spec.scale_bits, spec.zero_bits, round_zero)
     tile_rows = max(TILE_ROWS, spec.stats_group_size)
     sums = np.zeros((-(-spec.out_features // tile_rows), 2))
-    thresholds = np.float32(fit_threshold), np.float32(threshold)
-    sizes = spec.group_size, spec.stats_group_size, tile_rows
-    kernel(loop, upper, start, sizes, thresholds, sums)
+    settings = Settings(
+        spec.bits,
+        spec.scale_bits,
+        spec.zero_bits,
+        spec.group_size,
+        spec.stats_group_size,
+        tile_rows,
+        round_zero,
+        np.float32(fit_threshold),
+        np.float32(threshold),
+    )
+    walk_tiles(loop, upper, start, settings, sums)
     before, after = sums.sum(0)
     return float(before), float(after)
 
 
-@cache
-def cpu_kernel(bits: int, scale_bits: int, zero_bits: int, round_zero: bool) -> Callable:
-    """The CPU twin: (ColumnLoop, upper, start, (group_size, stats_group_size, tile_rows),
-    (fit_threshold, threshold), sums fp64 [tiles, 2])."""
-    max_code = np.float32((1 << bits) - 1)
-    store_scales = statistics_writer(scale_bits)
-    store_zeros = statistics_writer(zero_bits)
-
-    @njit(parallel=True)
-    def kernel(loop, upper, start, sizes, thresholds, sums):
-        for tile in prange(sums.shape[0]):
-            walk(loop, upper, start, tile * sizes[2], sizes, thresholds, sums[tile])
-
-    @njit
-    def walk(loop, upper, start, first, sizes, thresholds, sums):
-        group_size, stats_group_size, tile_rows = sizes
-        columns, rows = loop.weight.shape
-        stop = start + upper.shape[0]
-        last = min(first + tile_rows, rows)
-        # a group longer than the block is fitted on the columns behind it too
-        behind = min((stop + group_size - 1) // group_size * group_size, columns)
-        tile = loop.weight[start:behind, first:last].copy()
-        scale, zero = loop.scale[first:last], loop.zero[first:last]
-        for j in range(start, stop):
-            if j % group_size == 0:
-                end = min(j + group_size, columns)
-                group = tile[j - start : end - start]
-                fit_group(group, loop.diagonal[j:end], thresholds[0], max_code, scale, zero)
-                store(loop, j // group_size, first, stats_group_size, scale, zero)
-            errors = loop.errors[j, first:last]
-            quantize_column(
-                tile[j - start],
-                scale,
-                zero,
-                loop.diagonal[j],
-                thresholds[1],
-                max_code,
-                loop.codes[j, first:last],
-                loop.outliers[j, first:last],
-                errors,
-                sums,
-            )
-            at = j - start
-            propagate(errors, upper[at, at + 1 :], tile[at + 1 : stop - start])
-        loop.weight[start:stop, first:last] = tile[: stop - start]
-
-    @njit
-    def store(loop, group, first, stats_group_size, scale, zero):
-        if round_zero:
-            zero[:] = np.rint(zero)
-        for row in range(0, scale.size, stats_group_size):
-            end = min(row + stats_group_size, scale.size)
-            block = (first + row) // stats_group_size
-            store_scales(
-                scale[row:end],
-                loop.scale_codes[group, first + row : first + end],
-                loop.scale_step[group, block : block + 1],
-                loop.scale_base[group, block : block + 1],
-                loop.scale_values[group, first + row : first + end],
-            )
-            store_zeros(
-                zero[row:end],
-                loop.zero_codes[group, first + row : first + end],
-                loop.zero_step[group, block : block + 1],
-                loop.zero_base[group, block : block + 1],
-                loop.zero_values[group, first + row : first + end],
-            )
-
-    return kernel
+@compiled(parallel=True)
+def walk_tiles(loop, upper, start, settings, sums):
+    """The CPU twin; sums fp64 [tiles, 2] takes err^2 before and after outliers."""
+    for tile in prange(sums.shape[0]):
+        walk_tile(loop, upper, start, tile * settings.tile_rows, settings, sums[tile])
 
 
-@cache
-def statistics_writer(bits: int) -> Callable:
-    """An `njit` function (statistics, codes, step, base, values) for one stats block: statistics
-    become what is stored, and what is stored is written."""
+@compiled()
+def walk_tile(loop, upper, start, first, settings, sums):
+    """All columns of the block for the rows from `first` on."""
+    columns, rows = loop.weight.shape
+    group_size, max_code = settings.group_size, np.float32((1 << settings.bits) - 1)
+    last = min(first + settings.tile_rows, rows)
+    stop = start + upper.shape[0]
+    # a group longer than the block is fitted on the columns behind it too
+    behind = min((stop + group_size - 1) // group_size * group_size, columns)
+    tile = loop.weight[start:behind, first:last].copy()
+    scale, zero = loop.scale[first:last], loop.zero[first:last]
+    for j in range(start, stop):
+        at = j - start
+        if j % group_size == 0:
+            end = min(j + group_size, columns)
+            group = tile[at : end - start]
+            threshold = settings.fit_threshold
+            fit_group(group, loop.diagonal[j:end], threshold, max_code, scale, zero)
+            store_statistics(loop, j // group_size, first, settings, scale, zero)
+        codes, outliers = loop.codes[j, first:last], loop.outliers[j, first:last]
+        errors, diagonal = loop.errors[j, first:last], loop.diagonal[j]
+        threshold = settings.threshold
+        quantize_column(
+            tile[at], scale, zero, diagonal, threshold, max_code, codes, outliers, errors, sums
+        )
+        propagate(errors, upper[at, at + 1 :], tile[at + 1 : stop - start])
+    loop.weight[start:stop, first:last] = tile[: stop - start]
 
-    @njit
-    def write_codes(statistics, codes, step, base, values):
-        step[0], base[0] = quantize_statistics(statistics, bits, codes)
 
-    @njit
-    def write_values(statistics, codes, step, base, values):
+@compiled()
+def store_statistics(loop, group, first, settings, scale, zero):
+    """Make the statistics of one group and tile bilevel, in place, and store their codes."""
+    if settings.round_zero:
+        zero[:] = np.rint(zero)
+    for row in range(0, scale.size, settings.stats_group_size):
+        end = min(row + settings.stats_group_size, scale.size)
+        block = (first + row) // settings.stats_group_size
+        here = slice(first + row, first + end)
+        store_statistic(
+            scale[row:end],
+            settings.scale_bits,
+            loop.scale_codes[group, here],
+            loop.scale_step[group, block : block + 1],
+            loop.scale_base[group, block : block + 1],
+            loop.scale_values[group, here],
+        )
+        store_statistic(
+            zero[row:end],
+            settings.zero_bits,
+            loop.zero_codes[group, here],
+            loop.zero_step[group, block : block + 1],
+            loop.zero_base[group, block : block + 1],
+            loop.zero_values[group, here],
+        )
+
+
+@compiled()
+def store_statistic(statistics, bits, codes, step, base, values):
+    """One stats block: statistics become what is stored, and what is stored is written."""
+    if bits == UNQUANTIZED_BITS:
         for row in range(statistics.size):
             statistics[row] = round_through_half(statistics[row])
             values[row] = float_to_half(statistics[row])
+    else:
+        step[0], base[0] = quantize_statistics(statistics, bits, codes)
 
-    return write_values if bits == UNQUANTIZED_BITS else write_codes
 
-
-@njit
+@compiled()
 def quantize_column(
     weights, scale, zero, diagonal, threshold, max_code, codes, outliers, errors, sums
 ):
@@ -221,7 +227,7 @@ def quantize_column(
     sums[1] += after
 
 
-@njit
+@compiled()
 def propagate(errors, upper, weights):
     """weights [columns, rows] -= upper [columns] outer errors [rows]."""
     for k in range(upper.size):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .launch import compiled
 from .scalars import ZERO_LIMIT, code_of, weight_of
 
 __all__ = ["fit_group", "fit_reference"]
@@ -82,7 +83,7 @@ def grid_of(low, high, max_code):
     return scale, (-low / scale if scale > np.float32(0) else np.float32(0))
 
 
-@njit
+@compiled()
 def fit_group(weights, diagonal, threshold, max_code, scale, zero):
     """The CPU twin of `fit_reference`; threshold inf leaves nothing out."""
     if threshold < np.float32(np.inf):
@@ -93,7 +94,7 @@ def fit_group(weights, diagonal, threshold, max_code, scale, zero):
         scale[row], zero[row] = grid_of(kept_low[row], kept_high[row], max_code)
 
 
-@njit
+@compiled()
 def range_of(weights):
     """Minimum and maximum of each row."""
     low, high = weights[0].copy(), weights[0].copy()
@@ -104,7 +105,7 @@ def range_of(weights):
     return low, high
 
 
-@njit
+@compiled()
 def range_without_outliers(weights, diagonal, threshold, max_code):
     """Minimum and maximum of each row over the weights that leave-one-out keeps."""
     low, low_at, next_low = two_smallest(weights, np.float32(1))
@@ -134,7 +135,7 @@ def range_without_outliers(weights, diagonal, threshold, max_code):
     return kept_low, kept_high
 
 
-@njit
+@compiled()
 def two_smallest(weights, sign):
     """Smallest sign * weight of each row, its column and the next one (each times sign again)."""
     columns, rows = weights.shape
@@ -153,7 +154,7 @@ def two_smallest(weights, sign):
     return sign * least, column, sign * following
 
 
-@njit
+@compiled()
 def error_terms(weights, low, high, diagonal, max_code, terms):
     """((w - w') / U_kk)^2 of one column on the grids of [low, high]."""
     for row in range(terms.size):
@@ -163,7 +164,7 @@ def error_terms(weights, low, high, diagonal, max_code, terms):
         terms[row] = error * error
 
 
-@njit
+@compiled()
 def error_without(weights, low, high, left_out, diagonal, max_code):
     """sum of the error terms of each row without its column left_out[row]."""
     columns, rows = weights.shape
