@@ -53,7 +53,9 @@ class _RegisterAfterImport(MetaPathFinder):
 
 def _register(auto: Any) -> None:
     """Put our classes into transformers' tables, in front of its own for the same method."""
-    from .quantizer import METHOD, SpqrQuantizationConfig, make_quantizer
+    from . import quantizer
 
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SpqrQuantizationConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = make_quantizer
+    if not hasattr(quantizer, "make_quantizer"):
+        return  # it is being imported, has just imported `auto`, and installs itself at its end
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[quantizer.METHOD] = quantizer.SpqrQuantizationConfig
+    auto.AUTO_QUANTIZER_MAPPING[quantizer.METHOD] = quantizer.make_quantizer
