@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,7 +51,8 @@ class Command(click.Command):
         debug = ctx.params.pop("debug")
         _quiet_libraries()
         try:
-            return super().invoke(ctx)
+            with _warnings_on_stderr():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             if debug:
                 raise
@@ -109,7 +112,30 @@ def progress_bar(total: int | None = None, description: str = "", unit: str = "i
         file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 15,
         dynamic_ncols=True,
+        delay=0.1,  # nothing to see of work that fails at once
     )
+
+
+class _Notes(logging.Handler):
+    """Log records as lines on stderr, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Show what the package logs: resumed runs, growing damping."""
+    logger = logging.getLogger("spqr_numba")
+    handler = _Notes()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _plain(value: Any) -> Any:

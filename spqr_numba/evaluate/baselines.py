@@ -20,7 +20,6 @@ __all__ = ["Measurement", "baseline_configs", "describe", "is_compressed", "meas
 
 DENSE_BITS = 16
 MAX_BITS = 8
-DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def measure(
 def _describe_model(model: Any) -> str:
     if is_compressed(model):
         return describe(model.config.quantization_config.config)
-    return DTYPE_NAMES.get(model.config.dtype, "dense")
+    return "fp16"
 
 
 def _compressed(model: Any) -> list[SpqrLinear]:
