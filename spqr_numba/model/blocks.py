@@ -111,41 +111,47 @@ def plan(blocks: Blocks, config: SpqrConfig) -> dict[str, SpqrConfig]:
     """Full name -> settings of every linear that is to be compressed.
 
     Raises ModelError for weights that cannot be (unless `config.skip` leaves them out), and
-    ConfigError where nothing is left or a pattern of `config` matches no linear.
+    ConfigError where nothing is left or a pattern of `config` matches nothing.
     """
-    names = []
+    linears: list[str] = []
+    others: list[str] = []
     for index, block in enumerate(blocks.modules):
         prefix = blocks.name(index)
-        _check_weights(block, prefix, config)
-        names += [f"{prefix}.{name}" for name in find_linears(block)]
-    _check_patterns(names, config)
-    settings = {name: config.for_module(name) for name in names}
+        linears += [f"{prefix}.{name}" for name in find_linears(block)]
+        others += _other_weights(block, prefix, config)
+    _check_patterns([*linears, *others], config)
+    settings = {name: config.for_module(name) for name in linears}
     planned = {name: chosen for name, chosen in settings.items() if chosen is not None}
     if not planned:
-        raise ConfigError(f"skip leaves none of the {len(names)} linears to compress")
+        raise ConfigError(f"skip leaves none of the {len(linears)} linears to compress")
     return planned
 
 
-def _check_weights(block: nn.Module, prefix: str, config: SpqrConfig) -> None:
-    """Raise ModelError where a matrix of the block lies in no nn.Linear and is not skipped."""
+def _other_weights(block: nn.Module, prefix: str, config: SpqrConfig) -> list[str]:
+    """Full names of the modules that hold a matrix but are no nn.Linear; all must be skipped."""
+    found = []
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue
         full_name = f"{prefix}.{name}".rstrip(".")
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and config.for_module(full_name) is not None:
+            if parameter.ndim < 2:
+                continue  # norms, biases
+            found.append(full_name)
+            if config.for_module(full_name) is not None:
                 raise ModelError(
                     f"{full_name} ({type(module).__name__}) holds {parameter_name}"
                     f" {list(parameter.shape)}, and only weights of nn.Linear can be compressed;"
                     f" leave it dense with a skip pattern such as {name.split('.')[-1]!r}"
                 )
+    return found
 
 
 def _check_patterns(names: list[str], config: SpqrConfig) -> None:
     for pattern in (*config.skip, *(pattern for pattern, _ in config.overrides)):
         if not any(re.search(pattern, name) for name in names):
             raise ConfigError(
-                f"the pattern {pattern!r} matches no linear; names look like"
+                f"the pattern {pattern!r} matches no weight of a block; their names look like"
                 f" {', '.join(names[:MAX_NAMED])}"
             )
 

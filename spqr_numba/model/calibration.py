@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..errors import ConfigError, DataError
 from .hub import HUB_TEXTS, hub_text
@@ -28,6 +30,7 @@ from .hub import HUB_TEXTS, hub_text
 __all__ = ["consecutive_windows", "load_tokens", "sample_windows", "window_length"]
 
 DEFAULT_SEQLEN = 2048
+UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 TOKEN_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
 
 
@@ -163,11 +166,9 @@ def _read_tokens(path: Path) -> torch.Tensor:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False)).flatten()
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return _join(list(load_file(path).values()))
         return _join(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, OSError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} does not hold plain tensors of tokens: {error}") from error
 
 

@@ -115,7 +115,7 @@ def _file_texts(datasets: Any, name: str, file: str, wanted: HubText) -> list[st
             builder, data_files=f"{HUB}/{file}", split="train", streaming=True
         )
         return list(_cut((row[wanted.column] for row in rows), wanted))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except Exception as error:  # datasets, fsspec and httpx each raise their own
         raise DataError(
             f"cannot read {file} of the dataset {name}: {error} (without a network, give a text"
             " file instead)"

@@ -43,6 +43,7 @@ class BlockQuantizer:
         named = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
         self.linears = {linear: module for linear, module in named.items() if linear in settings}
         self.settings = {linear: settings[linear] for linear in self.linears}
+        self.device = next(block.parameters()).device
 
     def quantize(
         self, activations: Activations | None, sequential: bool
@@ -80,7 +81,7 @@ class BlockQuantizer:
     ) -> dict[InputGroup, Hessian]:
         """The Hessian of each group's input, where a linear of the group needs one."""
         hessians = {
-            group: self._hessian(self.linears[group.names[0]])
+            group: Hessian(self.linears[group.names[0]].in_features, self.device)
             for group in groups
             if any(self.settings[name].use_hessian for name in group.names)
         }

@@ -6,7 +6,7 @@ import csv
 import io
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -183,7 +183,12 @@ def rows_to_csv(rows: Iterable[LayerRow]) -> str:
 
 def read_rows(text: str) -> list[LayerRow]:
     """The rows of a layers.csv, as `rows_to_csv` wrote it."""
-    types = {"layer": str, "rows": int, "columns": int, "rounded": "True".__eq__}
+    types: dict[str, Callable[[str], Any]] = {
+        "layer": str,
+        "rows": int,
+        "columns": int,
+        "rounded": lambda value: value == "True",
+    }
     return [
         LayerRow(**{name: types.get(name, float)(value) for name, value in line.items()})
         for line in csv.DictReader(io.StringIO(text))

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spqr_numba.errors import DataError
+from spqr_numba.model.calibration import consecutive_windows, load_tokens, sample_windows
+
+from ..tiny import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+TOKENS = torch.arange(100, dtype=torch.int64)
+
+
+def decoded(dataset: str | None) -> str:
+    return TOKENIZER.decode(load_tokens(dataset, TOKENIZER))
+
+
+def test_default_is_the_manual() -> None:
+    tokens = load_tokens(None, TOKENIZER)
+    assert tokens.dtype == torch.int64
+    assert tokens.ndim == 1
+    assert len(tokens) > 400_000
+    assert 'The "assert" statement' in TOKENIZER.decode(tokens[:3000])
+
+
+def test_text_file(tmp_path: Path) -> None:
+    (tmp_path / "a.text").write_text("Größe\n", encoding="utf-8")
+    assert decoded(str(tmp_path / "a.text")) == "Größe\n"
+
+
+def test_folder_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": "of all"}\n')
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    assert decoded(str(tmp_path)) == "first\n\nof all\n\nsecond"
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in ("one", "two")))
+    assert decoded(str(path)) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("shape", [(100,), (4, 25)], ids=["stream", "windows"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_tokens_from_files(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens = TOKENS.view(shape).to(dtype)
+    save_file({"tokens": tokens}, tmp_path / "a.safetensors")
+    np.save(tmp_path / "a.npy", tokens.numpy())
+    torch.save(tokens, tmp_path / "a.pt")
+    torch.save(list(tokens.view(4, 1, 25)), tmp_path / "a.pth")  # the reference's own files
+    for name in ("a.safetensors", "a.npy", "a.pt", "a.pth"):
+        assert torch.equal(load_tokens(str(tmp_path / name), TOKENIZER), TOKENS), name
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("this must never run",))
+
+
+def test_pickled_code_is_never_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    torch.save(Evil(), tmp_path / "evil.pt")
+    np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    for name in ("evil.pt", "evil.npy"):
+        with pytest.raises(DataError, match=f"{name} does not hold plain tensors"):
+            load_tokens(str(tmp_path / name), TOKENIZER)
+    assert "never" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([3, 257]), r"holds tokens 3 \.\.\. 257, and .* tokenizer has 0 \.\.\. 256"),
+        (torch.tensor([-1, 2]), r"holds tokens -1 \.\.\. 2"),
+        (torch.tensor([1.0]), "holds torch.float32; tokens must be integers"),
+    ],
+)
+def test_tokens_of_another_tokenizer(tmp_path: Path, tokens: torch.Tensor, message: str) -> None:
+    torch.save(tokens, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=message):
+        load_tokens(str(tmp_path / "a.pt"), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 text \(byte 3\)"),
+        ("a.jsonl", b'{"text": "x"}\nnope', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'{"content": "x"}', r"a\.jsonl, line 1 has no field 'text'"),
+        ("a.jsonl", b'{"text": 1}', r"line 1 has no field 'text' that holds a string"),
+        ("a.npy", b"nope", r"a\.npy does not hold plain tensors"),
+        ("a.safetensors", b"nope", r"a\.safetensors does not hold plain tensors"),
+        ("a.pt", b"nope", r"a\.pt does not hold plain tensors"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_tokens(str(tmp_path / name), TOKENIZER)
+
+
+def test_unknown_dataset() -> None:
+    with pytest.raises(DataError, match=r"'wikitext3' is neither a file, .* \(c4, pajama, ptb"):
+        load_tokens("wikitext3", TOKENIZER)
+
+
+def test_a_folder_without_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no text files"):
+        load_tokens(str(tmp_path), TOKENIZER)
+    torch.save(TOKENS, tmp_path / "a.pt")
+    with pytest.raises(DataError, match="holds tokens, and a folder of text"):
+        load_tokens(str(tmp_path), TOKENIZER)
+
+
+def test_windows_are_drawn_as_the_reference_draws_them() -> None:
+    windows = sample_windows(TOKENS, nsamples=3, seqlen=10, seed=5)
+    random.seed(5)
+    starts = [random.randint(0, 100 - 10 - 1) for _ in range(3)]
+    assert windows.tolist() == [list(range(start, start + 10)) for start in starts]
+
+
+def test_too_little_text_says_how_much() -> None:
+    assert sample_windows(TOKENS, 1, 99, 0).shape == (1, 99)
+    with pytest.raises(DataError, match="has 100 tokens, and windows of 100 need at least 101"):
+        sample_windows(TOKENS, 1, 100, 0)
+    assert consecutive_windows(TOKENS, 100).shape == (1, 100)
+    with pytest.raises(DataError, match="has 100 tokens, and windows of 101 need at least 101"):
+        consecutive_windows(TOKENS, 101)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 3), (2, 2), (9, 3)])
+def test_consecutive_windows_do_not_overlap(limit: int | None, count: int) -> None:
+    windows = consecutive_windows(TOKENS, 30, limit)
+    assert windows.tolist() == TOKENS[:90].view(3, 30)[:count].tolist()
+
+
+def test_counts_must_make_sense() -> None:
+    with pytest.raises(DataError, match="0 windows of text"):
+        sample_windows(TOKENS, 0, 10, 0)
+    with pytest.raises(DataError, match="seqlen is 1; a window needs at least 2"):
+        consecutive_windows(TOKENS, 1)

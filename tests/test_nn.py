@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spqr_numba.errors import FormatError, InputError
+from spqr_numba.nn import SpqrLinear
+
+from .problems import make_matrix, make_spec
+
+
+def make_layer(bias: bool = True, **settings: int) -> SpqrLinear:
+    matrix = make_matrix(make_spec(48, 40, **settings))
+    return SpqrLinear(matrix, torch.linspace(-1, 1, 48) if bias else None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 17, 40)], ids=str)
+def test_forward_is_the_product_with_the_dequantized_weight(
+    shape: tuple[int, ...], bias: bool
+) -> None:
+    layer = make_layer(bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = F.linear(x, layer.dequantize(), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_buffers_have_the_names_of_the_matrix() -> None:
+    layer = make_layer()
+    assert set(layer.state_dict()) == {*layer.matrix.tensors, "bias"}
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_state_dict_round_trip_through_an_empty_layer() -> None:
+    layer = make_layer()
+    meta = {name: (tuple(t.shape), t.dtype) for name, t in layer.matrix.tensors.items()}
+    empty = SpqrLinear.empty(layer.spec, meta, bias=True, device="cpu")
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.dequantize(), layer.dequantize())
+    assert torch.equal(empty.bias, layer.bias)
+
+
+def test_an_empty_layer_without_bias_on_meta() -> None:
+    layer = make_layer(bias=False)
+    meta = {name: (tuple(t.shape), t.dtype) for name, t in layer.matrix.tensors.items()}
+    empty = SpqrLinear.empty(layer.spec, meta)
+    assert empty.bias is None
+    assert all(buffer.is_meta for buffer in empty.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_the_buffers_alone(dtype: torch.dtype) -> None:
+    layer = make_layer(scale_bits=16)
+    before = {name: tensor.clone() for name, tensor in layer.matrix.tensors.items()}
+    layer.to(dtype)
+    assert layer.bias is not None
+    assert layer.bias.dtype == dtype
+    for name, tensor in layer.matrix.tensors.items():
+        assert tensor.dtype == before[name].dtype, name
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_model_in_bf16_runs() -> None:
+    model = nn.Sequential(make_layer(), nn.ReLU()).bfloat16()
+    assert model(torch.ones(2, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_the_matrix_follows_its_buffers() -> None:
+    layer = make_layer()
+    first = layer.matrix
+    assert layer.matrix is first
+    other = copy.deepcopy(layer)
+    assert torch.equal(other.dequantize(), layer.dequantize())
+    layer.outlier_values = layer.outlier_values * 2
+    assert layer.matrix is not first
+    assert layer.matrix["outlier_values"] is layer.outlier_values
+    assert not torch.equal(other.dequantize(), layer.dequantize())
+
+
+def test_a_damaged_buffer_is_noticed() -> None:
+    layer = make_layer()
+    layer.codes = layer.codes[:1]
+    with pytest.raises(FormatError, match=r"codes is torch\.int32"):
+        layer(torch.ones(40))
+
+
+def test_a_bias_of_another_length_is_refused() -> None:
+    with pytest.raises(InputError, match=r"bias is \[7\]; it must be \[48\]"):
+        SpqrLinear(make_matrix(make_spec(48, 40)), torch.zeros(7))
+
+
+def test_repr_says_what_it_is() -> None:
+    assert "in_features=40, out_features=48, bias=True, bits=3" in repr(make_layer())
