@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .skeleton import Weights
+from .source import write_generation_config
 
 __all__ = ["GgufSource"]
 
@@ -76,10 +77,8 @@ class GgufSource:
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer into `folder`, and what the config says about generation."""
-        from transformers import GenerationConfig
-
         self.tokenizer().save_pretrained(folder)
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        write_generation_config(self.config, folder)
 
     def _from_file(self, auto_class: Any) -> Any:
         try:

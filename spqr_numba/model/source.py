@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ __all__ = ["FolderSource", "Source", "open_source"]
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,7 +41,7 @@ COMPANIONS = (
     *TOKENIZER_FILES,
     "added_tokens.json",
     "chat_template*",
-    "generation_config.json",
+    GENERATION_FILE,
     "merges.txt",
     "special_tokens_map.json",
 )
@@ -179,8 +180,21 @@ class FolderSource:
         """Copy tokenizer files and generation config into `folder`."""
         for pattern in COMPANIONS:
             for path in self.path.glob(pattern):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy = (
+                    partial(shutil.copytree, dirs_exist_ok=True)
+                    if path.is_dir()
+                    else shutil.copyfile
+                )
                 copy(path, folder / path.name)
+        if not (folder / GENERATION_FILE).is_file():
+            write_generation_config(self.config, folder)
+
+
+def write_generation_config(config: Any, folder: Path) -> None:
+    """Write generation_config.json with what a model's config says about generation."""
+    from transformers import GenerationConfig
+
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 class FolderWeights:

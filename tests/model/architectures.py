@@ -51,11 +51,11 @@ def make_from_config(config: Any, dtype: torch.dtype = torch.float16) -> Any:
     """A random causal LM with norms and biases that matter."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model.to(dtype)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies are fp32
+    return model
 
 
 def save(model: Any, folder: Path) -> Path:

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spqr_numba.errors import CheckpointError
+from spqr_numba.model import checkpoint
+from spqr_numba.model.checkpoint import CheckpointWriter
+
+
+def block(index: int) -> dict[str, torch.Tensor]:
+    return {f"layers.{index}.codes": torch.full((4,), index, dtype=torch.uint16)}
+
+
+HIDDEN = torch.arange(6.0).view(1, 2, 3)
+
+
+def write(writer: CheckpointWriter, blocks: range) -> None:
+    for index in blocks:
+        writer.write_block(index, block(index), HIDDEN + index)
+
+
+def finish(writer: CheckpointWriter) -> None:
+    writer.write_rest({"embed.weight": torch.ones(3, dtype=torch.bfloat16)})
+    writer.finish('{"model_type": "x"}')
+
+
+def test_a_whole_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    writer = CheckpointWriter(out, 2, "a")
+    write(writer, range(2))
+    writer.write_text("layers.csv", "layer\n")
+    finish(writer)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "layers.csv",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+    }
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        "layers.0.codes": "model-00001-of-00003.safetensors",
+        "layers.1.codes": "model-00002-of-00003.safetensors",
+        "embed.weight": "model-00003-of-00003.safetensors",
+    }
+    assert (
+        load_file(out / "model-00003-of-00003.safetensors")["embed.weight"].dtype == torch.bfloat16
+    )
+    assert not writer.partial.exists()
+
+
+def test_out_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 2, "a")
+    write(writer, range(2))
+    assert not (tmp_path / "out").exists()
+    assert not (writer.partial / "config.json").exists()
+    assert (writer.partial / "progress.json").is_file()
+
+
+def test_going_on_behind_the_last_finished_block(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = CheckpointWriter(tmp_path / "out", 3, "a")
+    write(first, range(2))
+    (first.partial / "model-00003-of-00004.safetensors.tmp").write_text("half a block")
+    with caplog.at_level(logging.INFO):
+        second = CheckpointWriter(tmp_path / "out", 3, "a")
+    assert "continuing behind 2 finished of 3 blocks" in caplog.text
+    assert second.finished_blocks == 2
+    hidden = second.read_hidden()
+    assert torch.equal(hidden, HIDDEN + 1)
+    hidden += 1  # must not reach the file, which a third run may need
+    assert torch.equal(CheckpointWriter(tmp_path / "out", 3, "a").read_hidden(), HIDDEN + 1)
+    write(second, range(2, 3))
+    finish(second)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_another_fingerprint_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(CheckpointWriter(tmp_path / "out", 3, "a"), range(2))
+    writer = CheckpointWriter(tmp_path / "out", 3, "b")
+    assert "of another model, settings or calibration: starting anew" in caplog.text
+    assert writer.finished_blocks == 0
+    assert {path.name for path in writer.partial.iterdir()} == {"progress.json"}
+
+
+def test_only_one_set_of_hidden_states_is_kept(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 3, "a")
+    write(writer, range(2))
+    assert [path.name for path in writer.partial.glob("hidden*")] == ["hidden-00002.safetensors"]
+
+
+def test_out_exists(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match=r"out exists; .*--overwrite"):
+        CheckpointWriter(out, 1, "a")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_out_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CheckpointError, match="is a file, and a model is a folder"):
+        CheckpointWriter(tmp_path / "out", 1, "a", overwrite=True)
+
+
+def test_overwriting_keeps_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    writer = CheckpointWriter(out, 1, "a", overwrite=True)
+    write(writer, range(1))
+    assert (out / "old").read_text() == "old"
+    finish(writer)
+    assert not (out / "old").exists()
+    assert (out / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 2, "a")
+    write(writer, range(1))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"no space left to write .*; free some and run"):
+        write(writer, range(1, 2))
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert CheckpointWriter(tmp_path / "out", 2, "a").finished_blocks == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot make the folder in"):
+        CheckpointWriter(tmp_path / "file" / "out", 1, "a")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.format.layout import MatrixSpec
+from spqr_numba.model.report import (
+    Clock,
+    CompressionReport,
+    LayerRow,
+    formula_bits,
+    read_rows,
+    rows_to_csv,
+)
+
+from ..problems import make_matrix
+
+
+def row(layer: str = "a.b", rows: int = 4, bits: float = 3.0, rounded: bool = False) -> LayerRow:
+    return LayerRow(
+        layer, rows, 8, 0.1, 1e-9, 1 / 3, float("inf"), 1.0, 2.5, 0.5, bits, 3.5, rounded, 0.25
+    )
+
+
+def test_rows_survive_the_csv_exactly() -> None:
+    rows = [row(), row("c,d", rounded=True)]
+    assert read_rows(rows_to_csv(rows)) == rows
+    assert read_rows("") == []
+
+
+def test_averages_are_weighed_by_size() -> None:
+    report = CompressionReport(Path("x"), [row(rows=1, bits=2.0), row(rows=3, bits=6.0)], {}, 10)
+    assert report.bits == 5.0
+    assert report.to_dict()["bits"] == 5.0
+    assert report.to_dict()["layers"][0]["layer"] == "a.b"
+
+
+def test_a_phase_inside_another_is_not_counted_twice() -> None:
+    clock = Clock()
+    with clock("outer"):
+        time.sleep(0.02)
+        with clock("inner"):
+            time.sleep(0.05)
+    assert 0.02 <= clock.seconds["outer"] < 0.05 <= clock.seconds["inner"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SpqrConfig(),
+        SpqrConfig(bits=4, group_size=32, stats_group_size=64, scale_bits=2, zero_bits=4),
+        SpqrConfig(scale_bits=16, zero_bits=16, outlier_threshold=None),
+        SpqrConfig.rtn(8),
+        SpqrConfig(group_size=128, permutation="identity"),
+    ],
+)
+def test_the_formula_is_what_the_buffers_take(config: SpqrConfig) -> None:
+    spec = MatrixSpec.from_config(config, 256, 512)
+    outliers = None if config.outlier_threshold is None else 3
+    matrix = make_matrix(spec, outliers, permuted=config.permutation != "identity")
+    by_formula = formula_bits(config, spec, matrix.outlier_share)
+    assert by_formula == pytest.approx(matrix.bits_per_weight, rel=1e-9)
+    simple = config.formula_bits(matrix.outlier_share)
+    assert by_formula == pytest.approx(simple, abs=0.2)
+
+
+def test_ragged_groups_are_counted() -> None:
+    config = SpqrConfig(outlier_threshold=None, permutation="identity")
+    spec = MatrixSpec.from_config(config, 17, 20)
+    expected = (3 * 17 * 20 + 6 * 17 * 2 + 64 * 2 * 2) / (17 * 20)
+    assert formula_bits(config, spec, 0.0) == pytest.approx(expected)
