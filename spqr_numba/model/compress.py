@@ -28,12 +28,12 @@ from torch import nn
 
 from .. import __version__
 from ..config import SpqrConfig
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, plan
-from .calibration import load_tokens, sample_windows
+from .calibration import load_tokens, sample_windows, window_length
 from .checkpoint import CheckpointWriter, check_free
 from .quantize_block import BlockQuantizer
 from .report import (
@@ -50,7 +50,6 @@ from .source import Source, open_source
 
 __all__ = ["Progress", "compress"]
 
-DEFAULT_SEQLEN = 2048
 BATCH_TOKENS = 4096
 
 logger = logging.getLogger(__name__)
@@ -146,18 +145,15 @@ class Compression:
         Raises ConfigError for a seqlen beyond the model's context, DataError for too few tokens or
         tokens that the model does not have.
         """
-        text_config = self.source.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None) or DEFAULT_SEQLEN
-        seqlen = seqlen or min(context, DEFAULT_SEQLEN)
-        if seqlen > context:
-            raise ConfigError(f"seqlen is {seqlen}, and the model's context is {context} tokens")
-        if tokens.max() >= text_config.vocab_size:
+        length = window_length(self.source.config, seqlen)
+        vocabulary = self.source.config.get_text_config().vocab_size
+        if tokens.max() >= vocabulary:
             raise DataError(
                 f"the text has token {tokens.max().item()}, and the model knows 0 ..."
-                f" {text_config.vocab_size - 1}; tokenizer and model do not belong together"
+                f" {vocabulary - 1}; tokenizer and model do not belong together"
             )
-        self.windows = sample_windows(tokens, nsamples, seqlen, seed)
-        self.batch_size = batch_size or max(1, BATCH_TOKENS // seqlen)
+        self.windows = sample_windows(tokens, nsamples, length, seed)
+        self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
 
     def open(self, out: Path, overwrite: bool) -> None:
         """Start writing `out`, or go on with what an earlier run of the same job left."""
