@@ -80,17 +80,20 @@ def upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
 # --- The grid of one group
 
 
-def min_max(values: np.ndarray, bits: int, round_zero: bool = False) -> tuple[float, float]:
-    """The scale and zero of one row of one group; `values` may be empty."""
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+def min_max(
+    group: np.ndarray, left_out: np.ndarray, bits: int, round_zero: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and zeros [m] of a group [m, width] without what is left out (bool [m, width])."""
+    empty = left_out.all(axis=1)
+    low = np.where(empty, 0, np.where(left_out, np.inf, group).min(axis=1))
+    high = np.where(empty, 0, np.where(left_out, -np.inf, group).max(axis=1))
     maxq = 2**bits - 1
-    if high == low or abs(low) * maxq > MOST_ZERO * (high - low):
-        largest = high if abs(high) > abs(low) else low
-        low, high = min(largest, 0.0), max(largest, 0.0)
+    no_spread = (high == low) | (np.abs(low) * maxq > MOST_ZERO * (high - low))
+    largest = np.where(np.abs(high) > np.abs(low), high, low)
+    low = np.where(no_spread, np.minimum(largest, 0), low)
+    high = np.where(no_spread, np.maximum(largest, 0), high)
     scale = (high - low) / maxq
-    if scale == 0:
-        return 0.0, 0.0
-    zero = -low / scale
+    zero = np.where(scale == 0, 0, -low / np.where(scale == 0, 1, scale))
     return scale, np.rint(zero) if round_zero else zero
 
 
@@ -101,11 +104,13 @@ def encode(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.
     return np.where(scale == 0, 0, codes)
 
 
-def group_error(values: np.ndarray, weights: np.ndarray, bits: int) -> float:
-    """sum (w - q(w))^2 * weights of one row, on the grid fitted to these very values."""
-    scale, zero = min_max(values, bits)
-    error = values - scale * (encode(values, scale, zero, bits) - zero)
-    return float((error**2 * weights).sum())
+def group_error(
+    group: np.ndarray, left_out: np.ndarray, diagonal: np.ndarray, bits: int
+) -> np.ndarray:
+    """sum ((w - q(w)) / U_jj)^2 [m] of what is not left out, on the grid fitted to just that."""
+    scale, zero = (x[:, None] for x in min_max(group, left_out, bits))
+    error = (group - scale * (encode(group, scale, zero, bits) - zero)) / diagonal
+    return np.where(left_out, 0, error**2).sum(axis=1)
 
 
 def leave_one_out(group: np.ndarray, diagonal: np.ndarray, bits: int) -> np.ndarray:
@@ -113,13 +118,13 @@ def leave_one_out(group: np.ndarray, diagonal: np.ndarray, bits: int) -> np.ndar
 
     group [m, width], diagonal [width] = U_jj; result [m, width].
     """
-    weights = 1 / diagonal**2
+    none = np.zeros(group.shape, bool)
+    base = group_error(group, none, diagonal, bits)
     gains = np.empty_like(group)
-    for row, values in enumerate(group):
-        base = group_error(values, weights, bits)
-        for j in range(len(values)):
-            rest = np.arange(len(values)) != j
-            gains[row, j] = base - group_error(values[rest], weights[rest], bits)
+    for j in range(group.shape[1]):
+        only_j = none.copy()
+        only_j[:, j] = True
+        gains[:, j] = base - group_error(group, only_j, diagonal, bits)
     return gains
 
 
@@ -145,11 +150,7 @@ def fit_group(
     group: np.ndarray, candidates: np.ndarray, config: SpqrConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scales and zeros [m] of one group, as the checkpoint will hold them."""
-    fits = [
-        min_max(values[~left_out], config.bits, config.round_zero)
-        for values, left_out in zip(group, candidates, strict=True)
-    ]
-    scales, zeros = np.array(fits).T
+    scales, zeros = min_max(group, candidates, config.bits, config.round_zero)
     block = config.stats_group_size
     return (
         second_level(scales, config.scale_bits, block),
@@ -174,11 +175,11 @@ def prepare(
 
 
 def sensitivity_threshold(w: np.ndarray, diagonal: np.ndarray, config: SpqrConfig) -> float:
-    """T; infinite where no outliers are kept."""
-    if config.outlier_threshold is None:
+    """T; infinite where no outliers are kept, as where nothing varies from row to row."""
+    if config.outlier_threshold is None or len(w) == 1:
         return float("inf")
-    variance = w.var(axis=0, ddof=1) if len(w) > 1 else np.zeros(w.shape[1])
-    return config.outlier_threshold * float((variance / diagonal**2).mean())
+    variance = float((w.var(axis=0, ddof=1) / diagonal**2).mean())
+    return config.outlier_threshold * variance if variance > 0 else float("inf")
 
 
 def quantize(weight: np.ndarray, hessian: np.ndarray | None, config: SpqrConfig) -> OracleWeight:

@@ -63,7 +63,9 @@ def check(request: pytest.FixtureRequest) -> Any:
         h = torch.tensor(hessian, dtype=torch.float32)
         h = torch.diag(h) if h.ndim == 1 else h
         config = SpqrConfig(**(PLAIN | settings))
-        found_codes, found, permutation = request.param(torch.tensor(weight), h, config)
+        found_codes, found, permutation = request.param(
+            torch.tensor(weight, dtype=torch.float32), h, config
+        )
         if codes is not None:
             assert found_codes.tolist() == codes
         if weights is not None:
