@@ -105,14 +105,15 @@ def progress_bar(total: int | None = None, description: str = "", unit: str = "i
     """A bar with the time left, on stderr; rarely redrawn where nobody watches."""
     from tqdm import tqdm
 
+    watched = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
+        mininterval=0.2 if watched else 15,
+        delay=0.1 if watched else 0,  # nothing to see of work that fails at once
         dynamic_ncols=True,
-        delay=0.1,  # nothing to see of work that fails at once
     )
 
 

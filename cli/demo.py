@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-SEQLEN = 512
-NSAMPLES = 128
+NSAMPLES = 32
 NEW_TOKENS = 80
 PROMPT = 'The "while" statement is used for'
 TEXT = "unseen topics"
@@ -62,7 +61,7 @@ def _compare(calibration: dict[str, Any]) -> tuple[list[Measurement], str]:
     from spqr_numba.model.integration import load_model
 
     dense, tokenizer = load_model(None)
-    windows = {TEXT: _held_out_windows(tokenizer)}
+    windows = {TEXT: _held_out_windows(dense, tokenizer)}
     config = SpqrConfig()
     rows = [measure(dense, windows), *baseline_rows(None, config.bits, windows, calibration)]
     with compressed(None, config, calibration) as (model, _):
@@ -71,11 +70,12 @@ def _compare(calibration: dict[str, Any]) -> tuple[list[Measurement], str]:
     return rows, text
 
 
-def _held_out_windows(tokenizer: Any) -> torch.Tensor:
+def _held_out_windows(model: Any, tokenizer: Any) -> torch.Tensor:
     from spqr_numba.demo.corpus import held_out_text
-    from spqr_numba.model.calibration import consecutive_windows, tokenize
+    from spqr_numba.model.calibration import consecutive_windows, tokenize, window_length
 
-    return consecutive_windows(tokenize(held_out_text(), tokenizer), SEQLEN)
+    tokens = tokenize(held_out_text(), tokenizer)
+    return consecutive_windows(tokens, window_length(model.config, None))
 
 
 def _show(rows: list[Measurement], result: dict[str, Any]) -> None:

@@ -43,8 +43,9 @@ class Measurement:
 
 
 def baseline_configs(bits: int = 3) -> list[SpqrConfig]:
-    """RTN and GPTQ at `bits` and, for GPTQ, one bit more: about what SpQR at `bits` stores."""
-    configs = [SpqrConfig.rtn(bits, 16), SpqrConfig.gptq(bits)]
+    """RTN at `bits` for each row and each 16 columns; GPTQ at `bits` and, if there is one, a bit
+    more, which is about what SpQR at `bits` stores."""
+    configs = [SpqrConfig.rtn(bits), SpqrConfig.rtn(bits, 16), SpqrConfig.gptq(bits)]
     return configs if bits == MAX_BITS else [*configs, SpqrConfig.gptq(bits + 1)]
 
 
