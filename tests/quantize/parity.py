@@ -59,7 +59,7 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "ragged, 32/64": ((83, 147), {"group_size": 32, "stats_group_size": 64, **SIMPLIFIED}),
     "ragged 4 bit, off": ((83, 147), {**FOUR, **OFF}),
     "fewer rows than a vector": ((5, 640), OFF),
-    "one row": ((1, 1203), {}),
+    "one row": ((1, 603), {}),
     "one column": ((1203, 1), {}),
     "one group": ((203, 8), {}),
 }
