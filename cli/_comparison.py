@@ -61,8 +61,10 @@ def baseline_rows(
 
 def table(rows: list[Measurement]) -> list[dict[str, Cell]]:
     """Rows for `echo_table`: one column of perplexity a text."""
-    return [
-        {"model": row.name, "bits": round(row.bits, 3), "size": format_bytes(row.nbytes)}
-        | {f"perplexity, {text}": value for text, value in row.perplexity.items()}
-        for row in rows
-    ]
+    return [_cells(row) for row in rows]
+
+
+def _cells(row: Measurement) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {"model": row.name, "bits": round(row.bits, 3)}
+    cells["size"] = format_bytes(row.nbytes)
+    return cells | {f"perplexity, {text}": value for text, value in row.perplexity.items()}

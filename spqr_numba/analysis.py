@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .format.matrix import SpqrMatrix
 from .model.blocks import find_blocks, plan
-from .model.quantizer import METHOD, SpqrQuantizationConfig, empty_layer, stored_shapes
+from .model.quantizer import SpqrQuantizationConfig, empty_layer, stored_shapes
+from .model.registration import METHOD
 from .model.report import LAYERS_FILE, read_rows
 from .model.skeleton import build_skeleton
 from .model.source import FolderSource
 
 __all__ = ["LayerSummary", "inspect_checkpoint"]
+
+UNKNOWN = (None, None)
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,28 @@ def inspect_checkpoint(folder: Path | str) -> list[LayerSummary]:
     """
     source = FolderSource(Path(folder))
     config = _our_config(source)
-    model = build_skeleton(source.config, torch.float16)
-    shapes = stored_shapes(model, [str(path) for path in sorted(source.path.glob("*.safetensors"))])
+    model: Any = build_skeleton(source.config, torch.float16)
+    shapes = stored_shapes(model, [str(path) for path in source.path.glob("*.safetensors")])
     losses = _losses(source.path)
-    summaries = []
-    for name, layer_config in plan(find_blocks(model), config).items():
-        matrix = empty_layer(name, model.get_submodule(name), layer_config, shapes).matrix
-        summaries.append(
-            LayerSummary(
-                name,
-                matrix.spec.out_features,
-                matrix.spec.in_features,
-                matrix.nbytes,
-                matrix.outlier_share,
-                *losses.get(name, (None, None)),
-            )
-        )
-    return summaries
+    layers = (
+        (name, empty_layer(name, model.get_submodule(name), settings, shapes))
+        for name, settings in plan(find_blocks(model), config).items()
+    )
+    return [_summarize(name, layer.matrix, *losses.get(name, UNKNOWN)) for name, layer in layers]
+
+
+def _summarize(
+    name: str, matrix: SpqrMatrix, loss: float | None, relative_loss: float | None
+) -> LayerSummary:
+    return LayerSummary(
+        layer=name,
+        rows=matrix.spec.out_features,
+        columns=matrix.spec.in_features,
+        nbytes=matrix.nbytes,
+        outlier_share=matrix.outlier_share,
+        loss=loss,
+        relative_loss=relative_loss,
+    )
 
 
 def _our_config(source: FolderSource) -> Any:
