@@ -22,12 +22,11 @@ from ..errors import CheckpointError, FormatError
 from ..format.layout import FORMAT_VERSION, MatrixSpec
 from ..nn import SpqrLinear
 from .blocks import find_blocks, plan
-from .registration import install
+from .registration import METHOD
 from .source import model_names
 
-__all__ = ["METHOD", "SpqrHfQuantizer", "SpqrQuantizationConfig", "make_quantizer"]
+__all__ = ["SpqrHfQuantizer", "SpqrQuantizationConfig", "make_quantizer"]
 
-METHOD = "spqr"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -149,6 +148,3 @@ def empty_layer(name: str, linear: nn.Linear, config: SpqrConfig, shapes: Shapes
             )
     dtype = None if linear.bias is None else linear.bias.dtype
     return SpqrLinear.empty(spec, buffers, bias=linear.bias is not None, dtype=dtype)
-
-
-install()  # where this module was imported before transformers' tables were there

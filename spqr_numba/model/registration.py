@@ -16,8 +16,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["install"]
+__all__ = ["METHOD", "install"]
 
+METHOD = "spqr"
 QUANTIZERS_MODULE = "transformers.quantizers.auto"
 
 
@@ -52,10 +53,24 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 def _register(auto: Any) -> None:
-    """Put our classes into transformers' tables, in front of its own for the same method."""
-    from . import quantizer
+    """Put ours into transformers' tables, in front of its own entries for the same method."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _LazyConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = _make_quantizer
 
-    if not hasattr(quantizer, "make_quantizer"):
-        return  # it is being imported, has just imported `auto`, and installs itself at its end
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[quantizer.METHOD] = quantizer.SpqrQuantizationConfig
-    auto.AUTO_QUANTIZER_MAPPING[quantizer.METHOD] = quantizer.make_quantizer
+
+class _LazyConfig:
+    """Stands for the class of quantization configs, whose module imports transformers'."""
+
+    @staticmethod
+    def from_dict(*args: Any, **kwargs: Any) -> Any:
+        """The quantization config for what stands in a config.json."""
+        from .quantizer import SpqrQuantizationConfig
+
+        return SpqrQuantizationConfig.from_dict(*args, **kwargs)
+
+
+def _make_quantizer(*args: Any, **kwargs: Any) -> Any:
+    """The quantizer for such a config."""
+    from .quantizer import make_quantizer
+
+    return make_quantizer(*args, **kwargs)

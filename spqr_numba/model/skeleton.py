@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 
     try:
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     except (ImportError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"transformers cannot build a model of type {config.model_type}: {error}"

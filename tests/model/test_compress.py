@@ -1,0 +1,384 @@
+"""Whole models through the block loop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericsError,
+    SpqrError,
+)
+from spqr_numba.model.blocks import find_blocks
+from spqr_numba.model.compress import compress
+from spqr_numba.model.integration import load_model
+from spqr_numba.nn import SpqrLinear
+from spqr_numba.quantize.hessian import Hessian
+
+from . import architectures
+from .architectures import ARCHITECTURES
+
+PAPER = SpqrConfig(damping=0.1)
+RTN = SpqrConfig.rtn(4, 16)
+CALIBRATION = {"nsamples": 5, "seqlen": 24, "batch_size": 2}
+
+FolderOf = Callable[[str], Path]
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path, text_file: Path) -> Run:
+    """run(folder, config=PAPER, name="out", ...) -> the compressed folder."""
+
+    def call(folder: Path, config: SpqrConfig = PAPER, name: str = "out", **settings: Any) -> Path:
+        arguments = {"dataset": str(text_file), **CALIBRATION, **settings}
+        return compress(str(folder), tmp_path / name, config, **arguments).out
+
+    return call
+
+
+def spqr_linears(model: torch.nn.Module) -> dict[str, SpqrLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, SpqrLinear)}
+
+
+def dense_twin(model: torch.nn.Module, folder: Path) -> Any:
+    """The original model with the weights that `model` decodes to."""
+    twin, _ = load_model(str(folder))
+    for name, layer in spqr_linears(model).items():
+        twin.get_submodule(name).weight.data.copy_(layer.dequantize())
+    return twin
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "layers.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compressed_loads_and_is_what_was_calibrated(
+    name: str, folder_of: FolderOf, run: Run
+) -> None:
+    model, tokenizer = load_model(str(run(folder_of(name))))
+    linears = spqr_linears(model)
+    blocks = find_blocks(model)
+    assert not any(type(m) is torch.nn.Linear for b in blocks.modules for m in b.modules())
+    assert len(linears) in (8, 12, 14)
+    twin = dense_twin(model, folder_of(name))
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model), logits(load_model(str(folder_of(name)))[0]))
+    assert tokenizer("a")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
+def test_losses_are_those_of_the_inputs_that_the_compressed_model_sees(
+    name: str, folder_of: FolderOf, run: Run, text_file: Path
+) -> None:
+    """The loss in layers.csv is that on the true inputs: blocks before compressed, own not."""
+    from spqr_numba.model.calibration import load_tokens, sample_windows
+
+    out = run(folder_of(name))
+    model, tokenizer = load_model(str(out))
+    original, _ = load_model(str(folder_of(name)))
+    windows = sample_windows(load_tokens(str(text_file), tokenizer), 5, 24, seed=0)
+    blocks = find_blocks(original)
+    last = blocks.name(len(blocks) - 1)
+    compressed = spqr_linears(model)
+    hessians = {}
+    for layer, module in compressed.items():
+        linear = original.get_submodule(layer)
+        if layer.startswith(last):
+            hessians[layer] = hessian = Hessian(module.in_features)
+            linear.register_forward_pre_hook(lambda _, args, h=hessian: h.add(args[0]))
+        else:
+            linear.weight.data.copy_(module.dequantize())
+    with torch.no_grad():
+        original(windows)
+    rows = {row["layer"]: row for row in log_of(out)}
+    for layer, hessian in hessians.items():
+        error = original.get_submodule(layer).weight - compressed[layer].dequantize()
+        loss = torch.sum((error @ hessian.matrix) * error).item()
+        assert float(rows[layer]["loss"]) == pytest.approx(loss, rel=1e-2), layer
+
+
+def test_the_folder_is_complete(folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("qwen2"))
+    source = folder_of("qwen2")
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "layers.csv",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert quantization.pop("quant_method") == "spqr"
+    assert quantization.pop("format_version") == 1
+    assert SpqrConfig.from_dict(quantization) == PAPER
+    assert config == json.loads((source / "config.json").read_text())
+
+
+def test_what_is_not_compressed_keeps_its_dtype_and_bytes(folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("qwen2"), replace(PAPER, skip=(r"layers\.1\.mlp\.down_proj",)))
+    stored = {k: v for path in out.glob("*.safetensors") for k, v in load_file(path).items()}
+    original = load_file(folder_of("qwen2") / "model.safetensors")
+    kept = set(original) & set(stored)
+    assert kept >= {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.mlp.down_proj.weight",
+    }
+    assert "model.layers.0.mlp.down_proj.weight" not in stored
+    for name in kept:
+        assert stored[name].dtype == torch.float16, name
+        assert torch.equal(stored[name], original[name]), name
+
+
+def test_tied_embeddings_stay_tied(folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("llama"))
+    names = [name for path in out.glob("*.safetensors") for name in load_file(path)]
+    assert "lm_head.weight" not in names
+    model, _ = load_model(str(out))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_report_and_log_agree(folder_of: FolderOf, tmp_path: Path, text_file: Path) -> None:
+    report = compress(
+        str(folder_of("llama")), tmp_path / "out", PAPER, dataset=str(text_file), **CALIBRATION
+    )
+    rows = log_of(report.out)
+    assert [row["layer"] for row in rows] == [row.layer for row in report.layers]
+    assert {"loss", "outlier_share", "damping", "seconds", "bits"} <= set(rows[0])
+    assert all(row.loss > 0 and 0 < row.relative_loss < 1 for row in report.layers)
+    model, _ = load_model(str(report.out))
+    layers = [layer.matrix for layer in spqr_linears(model).values()]
+    weights = sum(m.spec.out_features * m.spec.in_features for m in layers)
+    assert report.bits == pytest.approx(8 * sum(m.nbytes for m in layers) / weights)
+    assert report.bytes == sum(path.stat().st_size for path in report.out.iterdir())
+    assert set(report.seconds) == {"prepare", "read", "forward", "hessian", "quantize", "write"}
+
+
+def test_the_same_seed_gives_the_same_bytes(folder_of: FolderOf, run: Run) -> None:
+    first, second, other = (
+        tensors_of(run(folder_of("llama"), name=str(i), seed=seed))
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert first == second
+    assert first != other
+
+
+def test_overrides_change_single_linears(folder_of: FolderOf, run: Run) -> None:
+    config = replace(PAPER, overrides=(("q_proj", {"bits": 4}), ("k_proj", {"damping": 1.0})))
+    model, _ = load_model(str(run(folder_of("llama"), config)))
+    for name, layer in spqr_linears(model).items():
+        assert layer.spec.bits == (4 if "q_proj" in name else 3)
+    twin = dense_twin(model, folder_of("llama"))
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
+
+
+def test_an_override_may_round_to_nearest(folder_of: FolderOf, run: Run) -> None:
+    nearest = {"use_hessian": False, "outlier_threshold": None, "permutation": "identity"}
+    out = run(folder_of("llama"), replace(PAPER, overrides=(("q_proj", nearest),)))
+    rows = {row["layer"]: row for row in log_of(out)}
+    assert rows["model.layers.0.self_attn.q_proj"]["rounded"] == "True"
+    assert rows["model.layers.0.self_attn.k_proj"]["rounded"] == "False"
+    assert len(spqr_linears(load_model(str(out))[0])) == 14
+
+
+def test_spearman_orders_each_weight_by_itself(folder_of: FolderOf, run: Run) -> None:
+    model, _ = load_model(str(run(folder_of("llama"), replace(PAPER, permutation="spearman"))))
+    q, k = (
+        model.get_submodule(f"model.layers.0.self_attn.{name}").permutation
+        for name in ("q_proj", "k_proj")
+    )
+    assert not torch.equal(q, k)
+
+
+def test_linears_of_one_input_share_their_order(folder_of: FolderOf, run: Run) -> None:
+    attention = load_model(str(run(folder_of("llama"))))[0].model.layers[0].self_attn
+    assert torch.equal(attention.q_proj.permutation, attention.k_proj.permutation)
+    assert torch.equal(attention.q_proj.permutation, attention.v_proj.permutation)
+
+
+def test_true_sequential_calibrates_on_compressed_outputs(folder_of: FolderOf, run: Run) -> None:
+    config = replace(PAPER, true_sequential=True)
+    plain, sequential = (
+        load_model(str(run(folder_of("llama"), config, name)))[0]
+        for config, name in ((PAPER, "plain"), (config, "sequential"))
+    )
+    block = "model.layers.0."
+    for name, same in (("self_attn.q_proj", True), ("self_attn.o_proj", False)):
+        weights = [model.get_submodule(block + name).dequantize() for model in (plain, sequential)]
+        assert torch.equal(*weights) == same, name
+
+
+def test_rounding_to_nearest_needs_no_text(folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("llama"), RTN, dataset="there is no such text")
+    model, _ = load_model(str(out))
+    linear = load_model(str(folder_of("llama")))[0].get_submodule("model.layers.1.mlp.up_proj")
+    error = model.get_submodule("model.layers.1.mlp.up_proj").dequantize() - linear.weight
+    groups = linear.weight.unflatten(1, (-1, 16))
+    step = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / 15
+    assert (error.abs().unflatten(1, (-1, 16)) <= 0.6 * step[..., None]).all()
+
+
+class Killed(KeyboardInterrupt):
+    pass
+
+
+class KillAfter:
+    """A progress bar that ends the run behind so many blocks."""
+
+    total: Any = None
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    def update(self, n: int = 1) -> None:
+        self.left -= n
+        if n and self.left <= 0:
+            raise Killed
+
+    def set_postfix_str(self, s: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four") / "model"
+    return architectures.save(
+        architectures.make("gemma3", num_hidden_layers=4, layer_types=None), folder
+    )
+
+
+@pytest.mark.parametrize("config", [PAPER, RTN], ids=["spqr", "rtn"])
+def test_killed_and_continued_is_uninterrupted(
+    config: SpqrConfig, four_blocks: Path, run: Run, tmp_path: Path
+) -> None:
+    whole = run(four_blocks, config, "whole")
+    for blocks in (1, 2):  # the second run goes on where the first ended
+        with pytest.raises(Killed):
+            run(four_blocks, config, "killed", progress=KillAfter(blocks))
+        assert not (tmp_path / "killed").exists()
+        with pytest.raises(CheckpointError, match="is not a model folder"):
+            load_model(str(tmp_path / "killed.partial"))
+    continued = run(four_blocks, config, "killed")
+    assert tensors_of(continued) == tensors_of(whole)
+    layers = [[row["layer"] for row in log_of(folder)] for folder in (whole, continued)]
+    assert layers[0] == layers[1]
+    assert {path.name for path in continued.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_other_settings_do_not_continue(
+    folder_of: FolderOf, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Killed):
+        run(folder_of("llama"), progress=KillAfter(1))
+    run(folder_of("llama"), seed=5)
+    assert "starting anew" in caplog.text
+
+
+def spoiled(folder: Path, tmp_path: Path, changes: dict[str, torch.Tensor]) -> Path:
+    copy = Path(shutil.copytree(folder, tmp_path / "spoiled"))
+    tensors = load_file(copy / "model.safetensors")
+    save_file(tensors | changes, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_nan_in_a_weight_is_named(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = spoiled(folder_of("llama"), tmp_path, {name: torch.full((96, 64), torch.nan)})
+    with pytest.raises(NumericsError, match=rf"{name} holds NaN or inf"):
+        run(folder)
+
+
+def test_inf_in_the_activations_is_named(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    large = {"model.layers.1.post_attention_layernorm.weight": torch.full((64,), 3e38)}
+    with pytest.raises(NumericsError, match=r"^model\.layers\.1\.mlp\.gate_proj: .*NaN or inf"):
+        run(spoiled(folder_of("llama"), tmp_path, large))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"dataset": "wikitext3"}, DataError, "'wikitext3' is neither a file"),
+        ({"seqlen": 65}, ConfigError, "seqlen is 65, and the model's context is 64 tokens"),
+        ({"nsamples": 0}, DataError, "0 windows"),
+        ({"config": replace(PAPER, skip=("nope",))}, ConfigError, "'nope' matches no weight"),
+    ],
+)
+def test_settings_that_cannot_be(
+    settings: dict[str, Any], error: type[SpqrError], message: str, folder_of: FolderOf, run: Run,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=message):
+        run(folder_of("llama"), **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_text(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x" * 30)
+    with pytest.raises(
+        DataError, match="the text has 30 tokens, and windows of 40 need at least 41"
+    ):
+        run(folder_of("llama"), dataset=str(tmp_path / "short.txt"), seqlen=40)
+
+
+def test_a_tokenizer_of_another_model(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    folder = architectures.save(architectures.make("llama", vocab_size=100), tmp_path / "small")
+    with pytest.raises(DataError, match=r"has token \d+, and the model knows 0 \.\.\. 99"):
+        run(folder)
+
+
+def test_out_exists(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists; choose another folder"):
+        run(folder_of("llama"), RTN)
+    assert (run(folder_of("llama"), RTN, overwrite=True) / "config.json").is_file()
+
+
+def test_a_compressed_model_is_not_compressed_again(folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("llama"), RTN)
+    with pytest.raises(ModelError, match=r"already quantized \(spqr\)"):
+        run(out, name="again")
+
+
+def test_a_missing_weight_is_named(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder_of("mistral"), tmp_path / "model"))
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor for lm_head\.weight; it is incomplete"):
+        run(copy)
