@@ -31,13 +31,10 @@ def test_compress_eval_generate(run: Run, gguf: Path, tmp_path: Path) -> None:
     assert report["bits"] == pytest.approx(report["formula_bits"], rel=0.005)
     assert report["bits"] < 4.6
 
-    result = run(
-        f"eval {out} --baselines --dense {gguf} --calibration-nsamples 4 --seqlen 256 --nsamples 8"
-        " --json"
-    )
-    fp16, rtn, _, gptq, _, spqr = (row["perplexity"]["manual"] for row in json.loads(result.stdout))
-    assert fp16 < spqr < gptq < rtn
-    assert spqr < 1.5 * fp16
+    text = "--seqlen 256 --nsamples 8 --json"
+    dense, compressed = (json.loads(run(f"eval {m} {text}").stdout)[0] for m in (gguf, out))
+    assert (dense["bits"], compressed["bits"]) == (16, pytest.approx(report["bits"]))
+    assert 1 < compressed["perplexity"]["manual"] / dense["perplexity"]["manual"] < 1.5
 
     answer = run(f"generate {out} -p 'The capital of France is' -n 12").stdout
     assert "Paris" in answer
