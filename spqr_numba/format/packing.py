@@ -1,4 +1,4 @@
-"""Codes to words and back, outliers to CSR and back: layout.py's diagram, in NumPy."""
+"""Codes to words and back, outliers to CSR and back: layout.py's diagram, in a few lines."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ WORD_BITS = 32
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack unsigned codes 32 at a time along their first axis.
+    """Pack unsigned codes 32 at a time along their first axis, on the device where they are.
 
     codes [count, width] uint8, each below 2^bits -> words [ceil(count/32), bits, width] int32.
     Raises FormatError for a code that does not fit.
     """
-    values = codes.cpu().numpy()
-    if values.size and values.max() >> bits:
-        raise FormatError(f"code {values.max()} does not fit into {bits} bits")
-    count, width = values.shape
+    if codes.numel() and (largest := int(codes.max())) >> bits:
+        raise FormatError(f"code {largest} does not fit into {bits} bits")
+    count, width = codes.shape
     chunks = ceil_div(count, CODES_PER_CHUNK)
-    words = np.zeros((chunks, bits, width), np.uint32)
+    words = torch.zeros(chunks, bits, width, dtype=torch.int32, device=codes.device)
     for k, word, shift in code_positions(bits):
-        lane = values[k::CODES_PER_CHUNK].astype(np.uint32)
-        words[: len(lane), word] |= lane << np.uint32(shift)
+        lane = codes[k::CODES_PER_CHUNK].to(torch.int32)
+        words[: len(lane), word] |= lane << shift
         if shift + bits > WORD_BITS:
-            words[: len(lane), word + 1] |= lane >> np.uint32(WORD_BITS - shift)
-    return torch.from_numpy(words.view(np.int32))
+            words[: len(lane), word + 1] |= lane >> (WORD_BITS - shift)
+    return words
 
 
 def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -64,7 +63,7 @@ def unpack_statistics(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor
 
 
 def code_positions(bits: int) -> list[tuple[int, int, int]]:
-    """(k, word, shift) of each of the 32 codes of a chunk: code k starts at bit `shift` of `word`."""
+    """(k, word, shift) of the 32 codes of a chunk: code k starts at bit `shift` of `word`."""
     return [(k, *divmod(k * bits, WORD_BITS)) for k in range(CODES_PER_CHUNK)]
 
 

@@ -6,6 +6,7 @@
     codes       uint8 [rows]  out
     step, base  fp16 bits     returned, one each a stats block
 
+On a GPU each thread of a stats block finds step and base for itself (columns.py).
 Everything after uses the decoded statistics, so what is fitted is what is stored. Of step and base
 the smaller is dropped where it could not matter: then decoding is exact up to its last rounding on
 every backend (format/layout.py). Source: section 4.2 of arXiv 2306.03078.
@@ -17,9 +18,9 @@ import numpy as np
 from numba import njit
 
 from .launch import compiled
-from .scalars import decoded_statistic, float_to_half, round_through_half
+from .scalars import decoded_statistic, float_to_half, round_through_half, round_to_even
 
-__all__ = ["bilevel_reference", "quantize_statistics"]
+__all__ = ["bilevel_reference", "quantize_statistics", "second_level", "statistic_code"]
 
 STEP_BELOW_BASE = np.float32(2.0**-12)
 BASE_BELOW_STEP = np.float32(2.0**-8)
@@ -54,10 +55,7 @@ def quantize_statistics(statistics, bits, codes):
         high = max(high, statistics[row])
     step, base = second_level(low, high, max_code)
     for row in range(statistics.size):
-        code = np.float32(0)
-        if step > np.float32(0):
-            code = np.float32(np.rint((statistics[row] - base) / step))
-            code = min(max(code, np.float32(0)), max_code)
+        code = statistic_code(statistics[row], step, base, max_code)
         codes[row] = np.uint8(code)
         statistics[row] = decoded_statistic(code, step, base)
     return float_to_half(step), float_to_half(base)
@@ -73,3 +71,11 @@ def second_level(low, high, max_code):
     elif abs(base) < BASE_BELOW_STEP * step:
         base = np.float32(0)
     return step, base
+
+
+@njit(inline="always")
+def statistic_code(statistic, step, base, max_code):
+    """The code (as float32) whose value is nearest to a statistic."""
+    if not step > np.float32(0):
+        return np.float32(0)
+    return min(max(round_to_even((statistic - base) / step), np.float32(0)), max_code)

@@ -15,71 +15,89 @@ For each column j, in permuted order, and every row i:
     outliers   uint16 [n, m]    out: fp16 bits, 0 where there is none
     *_codes    uint8 [groups, m], *_step, *_base uint16 [groups, stats_groups]   out, or, for 16
     *_values   uint16 [groups, m]                                                bits, these
+    sums       [., 2]           += err^2 before and after outliers: fp64 a tile, on a GPU fp32 a row
 
 Rows know nothing of each other but their stats block, so a thread takes a tile of rows (a multiple
 of a stats block) and walks the columns with the tile in its cache, rows in the lanes of its vector
-registers. Source: section 4.1 of arXiv 2306.03078, algorithm 1.
+registers. The CUDA twin is columns_cuda.py. Source: section 4.1 of arXiv 2306.03078, algorithm 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
+import torch
+from numba import njit, prange
 
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
-from .launch import compiled
-from .scalars import code_of, float_to_half, half_to_float, round_through_half, weight_of
+from .launch import array_of, compiled
+from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
-__all__ = ["ColumnLoop", "quantize_columns"]
+__all__ = ["ColumnLoop", "block_columns", "quantize_columns"]
 
+BLOCK_COLUMNS = 128  # a multiple of every group size but the whole row's
 TILE_ROWS = 32
 
 
 class ColumnLoop(NamedTuple):
-    """All that the column loop of one weight reads and writes; the table above has the shapes."""
+    """All that the column loop of one weight reads and writes; the table above has the shapes.
 
-    weight: np.ndarray
-    diagonal: np.ndarray
-    errors: np.ndarray
-    codes: np.ndarray
-    outliers: np.ndarray
-    scale_codes: np.ndarray
-    scale_step: np.ndarray
-    scale_base: np.ndarray
-    scale_values: np.ndarray
-    zero_codes: np.ndarray
-    zero_step: np.ndarray
-    zero_base: np.ndarray
-    zero_values: np.ndarray
-    scale: np.ndarray  # fp32 [m], of the group at hand
-    zero: np.ndarray
+    Tensors, or the arrays of a backend over their memory.
+    """
+
+    weight: Any
+    diagonal: Any
+    errors: Any
+    codes: Any
+    outliers: Any
+    scale_codes: Any
+    scale_step: Any
+    scale_base: Any
+    scale_values: Any
+    zero_codes: Any
+    zero_step: Any
+    zero_base: Any
+    zero_values: Any
+    scale: Any  # fp32 [m], of the group at hand
+    zero: Any
+    sums: Any
 
     @classmethod
-    def start(cls, weight: np.ndarray, diagonal: np.ndarray, spec: MatrixSpec) -> ColumnLoop:
+    def start(cls, weight: torch.Tensor, diagonal: torch.Tensor, spec: MatrixSpec) -> ColumnLoop:
         """Buffers for quantizing `weight` [n, m], which is overwritten."""
         n, m = weight.shape
-        statistics: list[np.ndarray] = []
-        for _ in ("scale", "zero"):
-            statistics += [
-                np.zeros((spec.groups, m), np.uint8),
-                np.zeros((spec.groups, spec.stats_groups), np.uint16),
-                np.zeros((spec.groups, spec.stats_groups), np.uint16),
-                np.zeros((spec.groups, m), np.uint16),
-            ]
+        halves, of_stats = torch.uint16, (spec.groups, spec.stats_groups)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        statistics: dict[str, torch.Tensor] = {}
+        for name in ("scale", "zero"):
+            statistics |= {
+                f"{name}_codes": zeros(spec.groups, m, dtype=torch.uint8),
+                f"{name}_step": zeros(*of_stats, dtype=halves),
+                f"{name}_base": zeros(*of_stats, dtype=halves),
+                f"{name}_values": zeros(spec.groups, m, dtype=halves),
+            }
+        on_cpu = weight.device.type == "cpu"
         return cls(
-            weight,
-            diagonal,
-            np.empty((n, m), np.float32),
-            np.empty((n, m), np.uint8),
-            np.empty((n, m), np.uint16),
-            *statistics,
-            np.empty(m, np.float32),
-            np.empty(m, np.float32),
+            weight=weight,
+            diagonal=diagonal,
+            errors=torch.empty_like(weight),
+            codes=zeros(n, m, dtype=torch.uint8),
+            outliers=zeros(n, m, dtype=halves),
+            scale=zeros(m),
+            zero=zeros(m),
+            sums=zeros(tiles(spec), 2, dtype=torch.float64) if on_cpu else zeros(m, 2),
+            **statistics,
         )
+
+    def arrays(self) -> ColumnLoop:
+        """The arrays that kernels take, over the memory of these tensors."""
+        return ColumnLoop(*map(array_of, self))
 
 
 class Settings(NamedTuple):
@@ -96,43 +114,64 @@ class Settings(NamedTuple):
     threshold: np.float32
 
 
+def tile_rows(spec: MatrixSpec) -> int:
+    """Rows that a thread of a CPU, or a block of threads of a GPU, walks together."""
+    return max(TILE_ROWS, spec.stats_group_size)
+
+
+def tiles(spec: MatrixSpec) -> int:
+    """Tiles of rows, the last one ragged."""
+    return -(-spec.out_features // tile_rows(spec))
+
+
+def block_columns(spec: MatrixSpec, device: torch.device) -> int:
+    """How many columns `quantize_columns` shall take at once."""
+    if device.type == "cpu":
+        return BLOCK_COLUMNS
+    from .columns_cuda import columns_in_shared_memory
+
+    return columns_in_shared_memory(tile_rows(spec))
+
+
 def quantize_columns(
     loop: ColumnLoop,
     spec: MatrixSpec,
-    upper: np.ndarray,
+    upper: torch.Tensor,
     start: int,
     fit_threshold: float,
     threshold: float,
     round_zero: bool,
-) -> tuple[float, float]:
+) -> None:
     """Quantize columns start, start + 1, ... in place, as many as `upper` has.
 
-    Columns behind them are left to the caller. fit_threshold is T for the fit (inf: leave nothing out), threshold T for the columns (inf: no
-    outliers). Returns the sums of err^2 before and after outliers are taken out.
+    loop holds arrays (`ColumnLoop.arrays`). fit_threshold is T for the fit (inf: leave nothing
+    out), threshold T for the columns (inf: no outliers). Columns behind them are left to the
+    caller.
     """
-    tile_rows = max(TILE_ROWS, spec.stats_group_size)
-    sums = np.zeros((-(-spec.out_features // tile_rows), 2))
     settings = Settings(
         spec.bits,
         spec.scale_bits,
         spec.zero_bits,
         spec.group_size,
         spec.stats_group_size,
-        tile_rows,
+        tile_rows(spec),
         round_zero,
         np.float32(fit_threshold),
         np.float32(threshold),
     )
-    walk_tiles(loop, upper, start, settings, sums)
-    before, after = sums.sum(0)
-    return float(before), float(after)
+    if upper.device.type == "cpu":
+        walk_tiles(loop, upper.numpy(), start, settings)
+    else:
+        from .columns_cuda import launch_walk
+
+        launch_walk(loop, upper, start, settings, tiles(spec))
 
 
 @compiled(parallel=True)
-def walk_tiles(loop, upper, start, settings, sums):
-    """The CPU twin; sums fp64 [tiles, 2] takes err^2 before and after outliers."""
-    for tile in prange(sums.shape[0]):
-        walk_tile(loop, upper, start, tile * settings.tile_rows, settings, sums[tile])
+def walk_tiles(loop, upper, start, settings):
+    """The CPU twin."""
+    for tile in prange(loop.sums.shape[0]):
+        walk_tile(loop, upper, start, tile * settings.tile_rows, settings, loop.sums[tile])
 
 
 @compiled()
@@ -168,7 +207,8 @@ def walk_tile(loop, upper, start, first, settings, sums):
 def store_statistics(loop, group, first, settings, scale, zero):
     """Make the statistics of one group and tile bilevel, in place, and store their codes."""
     if settings.round_zero:
-        zero[:] = np.rint(zero)
+        for row in range(zero.size):
+            zero[row] = round_to_even(zero[row])
     for row in range(0, scale.size, settings.stats_group_size):
         end = min(row + settings.stats_group_size, scale.size)
         block = (first + row) // settings.stats_group_size
@@ -202,29 +242,38 @@ def store_statistic(statistics, bits, codes, step, base, values):
         step[0], base[0] = quantize_statistics(statistics, bits, codes)
 
 
+@njit(inline="always")
+def quantize_element(weight, scale, zero, diagonal, threshold, max_code):
+    """(code, outlier, w', err, err before the outlier) of one weight, all float32."""
+    code = code_of(weight, scale, zero, max_code)
+    quantized = weight_of(code, scale, zero)
+    before = error = (weight - quantized) / diagonal
+    outlier = np.float32(0)
+    if product(error, error) > threshold:
+        outlier = round_through_half(weight - quantized)
+        quantized += outlier
+        error = (weight - quantized) / diagonal
+    return code, outlier, quantized, error, before
+
+
 @compiled()
 def quantize_column(
     weights, scale, zero, diagonal, threshold, max_code, codes, outliers, errors, sums
 ):
     """One column: weights [rows] become W'; codes, outliers (fp16 bits), errors are filled."""
-    before = after = np.float64(0)
+    sum_before = sum_after = np.float64(0)
     for row in range(weights.size):
-        code = code_of(weights[row], scale[row], zero[row], max_code)
-        quantized = weight_of(code, scale[row], zero[row])
-        error = (weights[row] - quantized) / diagonal
-        before += np.float64(error * error)
-        outlier = np.float32(0)
-        if error * error > threshold:
-            outlier = round_through_half(weights[row] - quantized)
-            quantized += outlier
-            error = (weights[row] - quantized) / diagonal
-        after += np.float64(error * error)
+        code, outlier, quantized, error, before = quantize_element(
+            weights[row], scale[row], zero[row], diagonal, threshold, max_code
+        )
+        sum_before += np.float64(product(before, before))
+        sum_after += np.float64(product(error, error))
         codes[row] = np.uint8(code)
         outliers[row] = float_to_half(outlier)
         errors[row] = error
         weights[row] = quantized
-    sums[0] += before
-    sums[1] += after
+    sums[0] += sum_before
+    sums[1] += sum_after
 
 
 @compiled()

@@ -24,9 +24,9 @@ import numpy as np
 from numba import njit
 
 from .launch import compiled
-from .scalars import ZERO_LIMIT, code_of, weight_of
+from .scalars import ZERO_LIMIT, code_of, product, weight_of
 
-__all__ = ["fit_group", "fit_reference"]
+__all__ = ["error_sum", "extremes", "fit_group", "fit_reference", "grid_of", "kept_range"]
 
 
 def fit_reference(
@@ -43,9 +43,7 @@ def fit_reference(
     low = np.where(kept, weights, np.inf).min(0)
     high = np.where(kept, weights, -np.inf).max(0)
     nothing_kept = ~kept.any(0)
-    return grid_reference(
-        np.where(nothing_kept, 0, low), np.where(nothing_kept, 0, high), max_code
-    )
+    return grid_reference(np.where(nothing_kept, 0, low), np.where(nothing_kept, 0, high), max_code)
 
 
 def group_error_reference(
@@ -81,6 +79,14 @@ def grid_of(low, high, max_code):
         high = max(largest, np.float32(0))
     scale = (high - low) / max_code
     return scale, (-low / scale if scale > np.float32(0) else np.float32(0))
+
+
+@njit(inline="always")
+def error_term(weight, scale, zero, diagonal, max_code):
+    """((w - w') / U_kk)^2 of one weight."""
+    code = code_of(weight, scale, zero, max_code)
+    error = (weight - weight_of(code, scale, zero)) / diagonal
+    return product(error, error)
 
 
 @compiled()
@@ -159,9 +165,7 @@ def error_terms(weights, low, high, diagonal, max_code, terms):
     """((w - w') / U_kk)^2 of one column on the grids of [low, high]."""
     for row in range(terms.size):
         scale, zero = grid_of(low[row], high[row], max_code)
-        code = code_of(weights[row], scale, zero, max_code)
-        error = (weights[row] - weight_of(code, scale, zero)) / diagonal
-        terms[row] = error * error
+        terms[row] = error_term(weights[row], scale, zero, diagonal, max_code)
 
 
 @compiled()
@@ -175,3 +179,65 @@ def error_without(weights, low, high, left_out, diagonal, max_code):
         for row in range(rows):
             total[row] += np.float32(0) if k == left_out[row] else terms[row]
     return total
+
+
+# --- CUDA: one row a thread. The group's weights are weights[first + k, lane], k < count, and
+# `column` is the first one's place in `diagonal`. Sums run over the same terms in the same order
+# as on a CPU, so the two agree to the last bit.
+
+
+@njit
+def extremes(weights, first, lane, count):
+    """(low, its k, next low, high, its k, next high) of one row's group."""
+    low = next_low = np.float32(np.inf)
+    high = next_high = np.float32(-np.inf)
+    low_at = high_at = 0
+    for k in range(count):
+        weight = weights[first + k, lane]
+        if weight < low:
+            next_low, low, low_at = low, weight, k
+        else:
+            next_low = min(next_low, weight)
+        if weight > high:
+            next_high, high, high_at = high, weight, k
+        else:
+            next_high = max(next_high, weight)
+    if count == 1:
+        next_low = next_high = low
+    return low, low_at, next_low, high, high_at, next_high
+
+
+@njit
+def error_sum(weights, first, lane, count, diagonal, column, low, high, left_out, max_code):
+    """Error of the group on the grid of [low, high], without its weight k = left_out."""
+    scale, zero = grid_of(low, high, max_code)
+    total = np.float32(0)
+    for k in range(count):
+        if k != left_out:
+            weight = weights[first + k, lane]
+            total += error_term(weight, scale, zero, diagonal[column + k], max_code)
+    return total
+
+
+@njit
+def kept_range(
+    weights, first, lane, count, diagonal, column, found, gain_low, gain_high, threshold, max_code
+):
+    """Minimum and maximum over what is kept; gain_low, gain_high are those of the extremes."""
+    low, low_at, _, high, high_at, _ = found
+    scale, zero = grid_of(low, high, max_code)
+    kept_low, kept_high = np.float32(np.inf), np.float32(-np.inf)
+    for k in range(count):
+        weight = weights[first + k, lane]
+        if k == low_at:
+            gain = gain_low
+        elif k == high_at:
+            gain = gain_high
+        else:
+            gain = error_term(weight, scale, zero, diagonal[column + k], max_code)
+        if not gain > threshold:
+            kept_low = min(kept_low, weight)
+            kept_high = max(kept_high, weight)
+    if kept_low > kept_high:
+        return np.float32(0), np.float32(0)
+    return kept_low, kept_high

@@ -1,4 +1,4 @@
-"""Compiling kernels: once a machine, not once a process.
+"""Where torch meets Numba: views of tensors, streams, and kernels compiled once a machine.
 
 Numba keys its cache on the file of the function it compiles and not on what that function calls;
 a cache that outlives a change elsewhere in the house would run old arithmetic. So the folder of the
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import torch
 from numba import njit
 
-__all__ = ["compiled"]
+from ..errors import InputError
+
+__all__ = ["array_of", "compiled", "numba_cuda", "stream_of"]
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -63,3 +66,36 @@ def source_digest() -> str:
     for source in sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("format/*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def numba_cuda() -> Any:
+    """The module `numba.cuda`, of the package numba-cuda; InputError where that is missing."""
+    try:
+        import numba_cuda  # noqa: F401 - the numba.cuda that comes with Numba itself is an old one
+        from numba import cuda
+    except ImportError as error:
+        raise InputError(
+            "tensors on a GPU need the package numba-cuda: pip install 'spqr-numba[cuda]'"
+        ) from error
+    return cuda
+
+
+def array_of(tensor: torch.Tensor) -> Any:
+    """The Numba array over a tensor's memory: NumPy's on a CPU, a device array on a GPU.
+
+    Costs microseconds on a CPU and tens of them on a GPU: keep it where a kernel runs often.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.numpy()
+    return numba_cuda().as_cuda_array(tensor, sync=False)
+
+
+def stream_of(device: torch.device) -> Any:
+    """torch's current stream on a GPU, for Numba to launch on."""
+    return _stream(torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _stream(pointer: int) -> Any:
+    return numba_cuda().external_stream(pointer)

@@ -1,8 +1,9 @@
 """Arithmetic on one weight: what every backend computes, to the last rounding.
 
-Plain Python functions over float32 scalars; each backend compiles them (`njit` here, device
-functions on a GPU). Nothing may be reordered or contracted: the stored codes decode to exactly the
-numbers that error propagation used.
+Plain Python functions over float32 scalars; each backend compiles them (`njit` here, and Numba
+makes device functions of the same for a GPU). Nothing may be reordered or contracted: the stored
+codes decode to exactly the numbers that error propagation used. So a product that meets a sum is
+`product`, or, where it shall be fused, `multiply_add`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .ptx import emit, targets_gpu
+
 __all__ = [
     "FP16_MAX",
     "ZERO_LIMIT",
@@ -19,7 +22,9 @@ __all__ = [
     "decoded_statistic",
     "float_to_half",
     "half_to_float",
+    "product",
     "round_through_half",
+    "round_to_even",
     "weight_of",
 ]
 
@@ -27,12 +32,17 @@ FP16_MAX = np.float32(65504)
 ZERO_LIMIT = np.float32(2048)  # fp16 tells integers apart up to here
 
 
+FLOAT, DOUBLE, HALF, HALF_BITS = ir.FloatType(), ir.DoubleType(), ir.HalfType(), ir.IntType(16)
+
+
 @intrinsic
 def half_to_float(typingctx, half_bits):
     """The float32 value of fp16 bits (uint16)."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        if targets_gpu(builder):
+            return emit(builder, "cvt.f32.f16 $0, $1", "=f,h", FLOAT, arguments)
+        return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
 
     return types.float32(types.uint16), codegen
 
@@ -42,9 +52,51 @@ def float_to_half(typingctx, value):
     """The bits (uint16) of the fp16 number nearest to a float32, half to even."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+        if targets_gpu(builder):
+            return emit(builder, "cvt.rn.f16.f32 $0, $1", "=h,f", HALF_BITS, arguments)
+        return builder.bitcast(builder.fptrunc(arguments[0], HALF), HALF_BITS)
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def round_to_even(typingctx, value):
+    """The integer (as float32) nearest to a float32, half to even."""
+
+    def codegen(context, builder, signature, arguments):
+        if targets_gpu(builder):
+            return emit(builder, "cvt.rni.f32.f32 $0, $1", "=f,f", FLOAT, arguments)
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [FLOAT]), arguments)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def product(typingctx, one, other):
+    """one * other in float32, rounded before anything is added to it."""
+
+    def codegen(context, builder, signature, arguments):
+        if targets_gpu(builder):
+            return emit(builder, "mul.rn.f32 $0, $1, $2", "=f,f,f", FLOAT, arguments)
+        return builder.fmul(*arguments)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def multiply_add(typingctx, one, other, added):
+    """float32(one * other + added) of fp16 numbers, rounded once.
+
+    A CPU without fused multiply-add is exact in float64: such products and sums fit into it.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        if targets_gpu(builder):
+            return emit(builder, "fma.rn.f32 $0, $1, $2, $3", "=f,f,f,f", FLOAT, arguments)
+        one, other, added = (builder.fpext(argument, DOUBLE) for argument in arguments)
+        return builder.fptrunc(builder.fadd(builder.fmul(one, other), added), FLOAT)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
 
 
 @njit(inline="always")
@@ -56,8 +108,7 @@ def round_through_half(value):
 @njit(inline="always")
 def decoded_statistic(code, step, base):
     """The scale or zero that a second-level code stands for: fp16(code * step + base)."""
-    exact = np.float64(code) * np.float64(step) + np.float64(base)
-    return half_to_float(float_to_half(np.float32(exact)))
+    return half_to_float(float_to_half(multiply_add(code, step, base)))
 
 
 @njit(inline="always")
@@ -65,10 +116,10 @@ def code_of(weight, scale, zero, max_code):
     """The code (as float32) nearest to a weight on the grid scale * (code - zero)."""
     if not scale > np.float32(0):
         return np.float32(0)
-    return min(max(np.float32(np.rint(weight / scale + zero)), np.float32(0)), max_code)
+    return min(max(round_to_even(weight / scale + zero), np.float32(0)), max_code)
 
 
 @njit(inline="always")
 def weight_of(code, scale, zero):
     """The weight that a code (float32) stands for."""
-    return scale * (code - zero)
+    return product(scale, code - zero)

@@ -29,7 +29,7 @@ def column_order(
 
 def rank_correlation(weight: torch.Tensor) -> torch.Tensor:
     """Spearman's correlation of the columns of a weight [m, n], up to a factor: fp32 [n, n]."""
-    ranks = weight.argsort(0, stable=True).argsort(0).to(torch.float32)
+    ranks = weight.argsort(dim=0, stable=True).argsort(dim=0).to(torch.float32)
     ranks -= ranks.mean(0)
     return ranks.T @ ranks
 

@@ -15,7 +15,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..config import SpqrConfig
@@ -23,14 +22,12 @@ from ..errors import InputError, NumericsError
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 from ..format.matrix import SpqrMatrix
 from ..format.packing import outliers_to_csr, pack_codes, pack_statistics
-from ..kernels.columns import ColumnLoop, quantize_columns
+from ..kernels.columns import ColumnLoop, block_columns, quantize_columns
 from .hessian import Factorization, factorize
 from .outliers import outlier_threshold
 from .permutation import column_order
 
 __all__ = ["QuantizedWeight", "WeightReport", "quantize_weight"]
-
-BLOCK_COLUMNS = 128  # columns between two trailing products; a multiple of every group size
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ def quantize_weight(
     hessian  fp32 [n, n], or its Factorization (layers with the same inputs share one; made with the
              same permutation and damping), or None where config.use_hessian is False
 
-    Raises InputError for shapes that do not fit, NumericsError for NaN or inf, or a Hessian that
-    cannot be factorised.
+    Raises InputError for shapes that do not fit, NumericsError for NaN or inf, weights beyond fp16,
+    or a Hessian that cannot be factorised.
     """
     started = time.perf_counter()
     check_weight(weight, hessian, config)
@@ -99,7 +96,9 @@ def quantize_weight(
     columns = weight.T[factor.order]
     walk = walk_columns(columns, factor, spec, config)
     matrix = pack(walk.loop, spec, factor.order, config)
-    quantized = torch.from_numpy(walk.loop.weight)
+    quantized = walk.loop.weight
+    if not torch.isfinite(quantized).all():
+        raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
     loss = squared_output(columns - quantized, factor.hessian)
     size = squared_output(columns, factor.hessian)
     report = WeightReport(
@@ -160,40 +159,40 @@ def walk_columns(
     current = columns.clone()
     current[factor.dead] = 0
     n = spec.in_features
-    diagonal = torch.ones(n) if factor.upper is None else factor.upper.diagonal().contiguous()
+    diagonal = torch.ones_like(current[:, 0])
+    if factor.upper is not None:
+        diagonal = factor.upper.diagonal().contiguous()
     threshold = math.inf
     if factor.upper is not None:
         threshold = outlier_threshold(current.T, factor.upper, config.outlier_threshold)
     fit_threshold = threshold if config.outlier_search == "leave-one-out" else math.inf
-    loop = ColumnLoop.start(current.numpy(), diagonal.numpy(), spec)
-    before = after = 0.0
-    for start in range(0, n, BLOCK_COLUMNS):
-        block = slice(start, min(start + BLOCK_COLUMNS, n))
-        upper = diagonal_block(factor.upper, block)
-        sums = quantize_columns(
-            loop, spec, upper.numpy(), start, fit_threshold, threshold, config.round_zero
-        )
-        before, after = before + sums[0], after + sums[1]
+    loop = ColumnLoop.start(current, diagonal, spec)
+    arrays, width = loop.arrays(), block_columns(spec, current.device)
+    for start in range(0, n, width):
+        block = slice(start, min(start + width, n))
+        upper = diagonal_block(factor.upper, block, current.device)
+        quantize_columns(arrays, spec, upper, start, fit_threshold, threshold, config.round_zero)
         if factor.upper is not None:
-            errors = torch.from_numpy(loop.errors[block])
-            current[block.stop :].addmm_(factor.upper[block, block.stop :].T, errors, alpha=-1)
+            behind = factor.upper[block, block.stop :]
+            current[block.stop :].addmm_(behind.T, loop.errors[block], alpha=-1)
+    before, after = loop.sums.sum(0, dtype=torch.float64).tolist()
     return ColumnWalk(loop, threshold, before, after)
 
 
-def diagonal_block(upper: torch.Tensor | None, block: slice) -> torch.Tensor:
+def diagonal_block(upper: torch.Tensor | None, block: slice, device: torch.device) -> torch.Tensor:
     """The square of U on the diagonal, the identity where there is no U."""
     if upper is None:
-        return torch.eye(block.stop - block.start)
+        return torch.eye(block.stop - block.start, device=device)
     return upper[block, block].contiguous()
 
 
 def pack(loop: ColumnLoop, spec: MatrixSpec, order: torch.Tensor, config: SpqrConfig) -> SpqrMatrix:
     """The compressed matrix of a finished column loop."""
-    tensors = {"codes": pack_codes(torch.from_numpy(loop.codes), spec.bits)}
+    tensors = {"codes": pack_codes(loop.codes, spec.bits)}
     tensors |= pack_statistic(loop, "scale", spec.scale_bits)
     tensors |= pack_statistic(loop, "zero", spec.zero_bits)
     if config.outlier_threshold is not None:
-        tensors |= outliers_to_csr(as_halves(loop.outliers).T)
+        tensors |= outliers_to_csr(loop.outliers.view(torch.float16).T)
     if config.permutation != "identity":
         tensors["permutation"] = order.to(index_dtype(spec.in_features))
     return SpqrMatrix(spec, tensors)
@@ -201,18 +200,13 @@ def pack(loop: ColumnLoop, spec: MatrixSpec, order: torch.Tensor, config: SpqrCo
 
 def pack_statistic(loop: ColumnLoop, name: str, bits: int) -> dict[str, torch.Tensor]:
     """The buffers of the scales or of the zeros."""
+    step, base, values = (
+        getattr(loop, f"{name}_{part}").view(torch.float16) for part in ("step", "base", "values")
+    )
     if bits == UNQUANTIZED_BITS:
-        return {f"{name}s": as_halves(getattr(loop, f"{name}_values"))}
-    return {
-        f"{name}_codes": pack_statistics(torch.from_numpy(getattr(loop, f"{name}_codes")), bits),
-        f"{name}_scale": as_halves(getattr(loop, f"{name}_step")),
-        f"{name}_zero": as_halves(getattr(loop, f"{name}_base")),
-    }
-
-
-def as_halves(bits: np.ndarray) -> torch.Tensor:
-    """uint16 fp16 bits as an fp16 tensor over the same memory."""
-    return torch.from_numpy(bits.view(np.float16))
+        return {f"{name}s": values}
+    codes = pack_statistics(getattr(loop, f"{name}_codes"), bits)
+    return {f"{name}_codes": codes, f"{name}_scale": step, f"{name}_zero": base}
 
 
 def in_layer_order(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

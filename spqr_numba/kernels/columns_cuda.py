@@ -1,0 +1,223 @@
+"""The column loop on a GPU: the CUDA twin of columns.py, which has the formulas and the shapes.
+
+A block of threads takes one tile of rows: threadIdx.x is the row in the tile (`lane`), and the
+threads of one row (threadIdx.y, `part`) share its columns between them. All that a block touches
+again and again is in shared memory:
+
+    tile      fp32 [b, width]   W of the block's columns, updated so far
+    totals    fp32 [3, width]   error of a group on three grids: whole, without its low, its high
+    scales    fp32 [width]      of the group at hand, before they are made bilevel
+    zeros     fp32 [width]
+
+For each column all parts find the same code and error from the same numbers, so that nothing needs
+handing over; part 0 stores them, and each part updates every parts-th column behind. That is one
+barrier a column, and two more where a group begins. Rows beyond the last are walked as copies of
+it, since barriers wait for all threads, and not stored.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..format.layout import UNQUANTIZED_BITS
+from .bilevel import second_level, statistic_code
+from .columns import BLOCK_COLUMNS, ColumnLoop, Settings, quantize_element
+from .fit import error_sum, extremes, grid_of, kept_range
+from .launch import array_of, numba_cuda, stream_of
+from .scalars import (
+    decoded_statistic,
+    float_to_half,
+    product,
+    round_through_half,
+    round_to_even,
+)
+
+__all__ = ["columns_in_shared_memory", "launch_walk", "walk_kernel"]
+
+cuda = numba_cuda()  # only those who have tensors on a GPU import this module
+
+THREADS = 256
+SHARED_FLOATS = 10 * 1024  # of the tile: with the rest, below what every GPU gives a block (48 KB)
+
+
+def columns_in_shared_memory(width: int) -> int:
+    """How many columns a tile of `width` rows may have: a power of two."""
+    return min(BLOCK_COLUMNS, 1 << (SHARED_FLOATS // width).bit_length() - 1)
+
+
+def launch_walk(
+    loop: ColumnLoop, upper: torch.Tensor, start: int, settings: Settings, tiles: int
+) -> None:
+    """Walk columns start ... start + len(upper) - 1 of all tiles on torch's current stream."""
+    width = settings.tile_rows
+    launch = walk_kernel(width)[tiles, (width, THREADS // width), stream_of(upper.device)]
+    launch(loop, array_of(upper), start, settings)
+
+
+@cache
+def walk_kernel(width: int) -> Any:
+    """kernel(loop, upper, start, settings), for tiles of `width` rows and any settings."""
+    fit = fit_function(width)
+    block_columns, parts = columns_in_shared_memory(width), THREADS // width
+
+    @cuda.jit
+    def kernel(loop, upper, start, settings):
+        columns, rows = loop.weight.shape
+        stop = start + upper.shape[0]
+        lane, part = cuda.threadIdx.x, cuda.threadIdx.y
+        row = min(cuda.blockIdx.x * width + lane, rows - 1)
+        stores = part == 0 and cuda.blockIdx.x * width + lane < rows
+        max_code = np.float32((1 << settings.bits) - 1)
+        tile = cuda.shared.array((block_columns, width), np.float32)
+        for j in range(start + part, stop, parts):
+            tile[j - start, lane] = loop.weight[j, row]
+        # where the block begins inside a group, that group's grid is known
+        group = start // settings.group_size
+        next_group = start if start % settings.group_size == 0 else columns
+        scale, zero = loop.scale[row], loop.zero[row]
+        sum_before, sum_after = np.float32(0), np.float32(0)
+        cuda.syncthreads()
+        for j in range(start, stop):
+            at = j - start
+            if j == next_group:
+                next_group = min(j + settings.group_size, columns)
+                scale, zero = fit(
+                    loop, tile, at, row, j, next_group, stop, group, settings, max_code, stores
+                )
+                group += 1
+            code, outlier, quantized, error, before = quantize_element(
+                tile[at, lane], scale, zero, loop.diagonal[j], settings.threshold, max_code
+            )
+            if stores:
+                loop.codes[j, row] = np.uint8(code)
+                loop.outliers[j, row] = float_to_half(outlier)
+                loop.errors[j, row] = error
+                loop.weight[j, row] = quantized
+                sum_before += product(before, before)
+                sum_after += product(error, error)
+            for behind in range(at + 1 + part, stop - start, parts):
+                tile[behind, lane] -= product(error, upper[at, behind])
+            cuda.syncthreads()
+        if stores:
+            loop.scale[row] = scale
+            loop.zero[row] = zero
+            loop.sums[row, 0] += sum_before
+            loop.sums[row, 1] += sum_after
+
+    return kernel
+
+
+def fit_function(width: int) -> Any:
+    """fit(...) -> scale, zero of this thread's row for the group of columns j ... end - 1."""
+    range_of, store = range_function(width), store_function(width)
+
+    @cuda.jit(device=True)
+    def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
+        scales = cuda.shared.array(width, np.float32)
+        zeros = cuda.shared.array(width, np.float32)
+        lane = cuda.threadIdx.x
+        if end <= stop:
+            low, high = range_of(tile, at, lane, loop.diagonal, j, end, settings, max_code)
+        else:  # the group begins where the block does, and is still as it was
+            low, high = range_of(loop.weight, j, row, loop.diagonal, j, end, settings, max_code)
+        scale, zero = grid_of(low, high, max_code)
+        if settings.round_zero:
+            zero = round_to_even(zero)
+        scales[lane] = scale
+        zeros[lane] = zero
+        cuda.syncthreads()
+        rows, block_rows = loop.weight.shape[1], settings.stats_group_size
+        scale = store(
+            scales,
+            rows,
+            settings.scale_bits,
+            block_rows,
+            loop.scale_codes[group],
+            loop.scale_step[group],
+            loop.scale_base[group],
+            loop.scale_values[group],
+            stores,
+        )
+        zero = store(
+            zeros,
+            rows,
+            settings.zero_bits,
+            block_rows,
+            loop.zero_codes[group],
+            loop.zero_step[group],
+            loop.zero_base[group],
+            loop.zero_values[group],
+            stores,
+        )
+        return scale, zero
+
+    return fit
+
+
+def range_function(width: int) -> Any:
+    """range_of(...) -> minimum and maximum of a group, without outliers.
+
+    The group is weights[first + k, lane], columns j ... end - 1. The parts share the three grids
+    between them, and then know all three sums.
+    """
+    parts = THREADS // width
+
+    @cuda.jit(device=True)
+    def range_of(weights, first, lane, diagonal, j, end, settings, max_code):
+        totals = cuda.shared.array((3, width), np.float32)
+        count, threshold = end - j, settings.fit_threshold
+        found = extremes(weights, first, lane, count)
+        low, low_at, next_low, high, high_at, next_high = found
+        if not threshold < np.float32(np.inf):
+            return low, high
+        for grid in range(cuda.threadIdx.y, 3, parts):
+            lowest, highest, left_out = low, high, -1
+            if grid == 1:
+                lowest, left_out = next_low, low_at
+            elif grid == 2:
+                highest, left_out = next_high, high_at
+            totals[grid, cuda.threadIdx.x] = error_sum(
+                weights, first, lane, count, diagonal, j, lowest, highest, left_out, max_code
+            )
+        cuda.syncthreads()
+        total = totals[0, cuda.threadIdx.x]
+        gains = total - totals[1, cuda.threadIdx.x], total - totals[2, cuda.threadIdx.x]
+        return kept_range(
+            weights, first, lane, count, diagonal, j, found, *gains, threshold, max_code
+        )
+
+    return range_of
+
+
+def store_function(width: int) -> Any:
+    """store(...): keep this row's of the statistics [width] of a tile -> what it decodes to."""
+
+    @cuda.jit(device=True)
+    def store(statistics, rows, bits, block_rows, codes, steps, bases, values, stores):
+        lane, first = cuda.threadIdx.x, cuda.blockIdx.x * width
+        row = first + lane
+        if bits == UNQUANTIZED_BITS:
+            decoded = round_through_half(statistics[lane])
+            if stores:
+                values[row] = float_to_half(decoded)
+            return decoded
+        begin = lane - lane % block_rows
+        low = high = statistics[begin]
+        for other in range(begin + 1, min(begin + block_rows, rows - first)):
+            low = min(low, statistics[other])
+            high = max(high, statistics[other])
+        max_code = np.float32((1 << bits) - 1)
+        step, base = second_level(low, high, max_code)
+        code = statistic_code(statistics[lane], step, base, max_code)
+        if stores:
+            codes[row] = np.uint8(code)
+            if lane == begin:
+                steps[row // block_rows] = float_to_half(step)
+                bases[row // block_rows] = float_to_half(base)
+        return decoded_statistic(code, step, base)
+
+    return store
