@@ -35,7 +35,7 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
     if out is None:
         raise click.UsageError("missing argument 'OUT', the folder to write")
     config = config_from(options)
-    report = _compress(model, Path(out), config, options)
+    report = _compress(model, Path(out).expanduser(), config, options)
     emit(report.to_dict(), as_json, lambda: _show(report))
 
 

@@ -36,5 +36,5 @@ def test_compress_eval_generate(run: Run, gguf: Path, tmp_path: Path) -> None:
     assert (dense["bits"], compressed["bits"]) == (16, pytest.approx(report["bits"]))
     assert 1 < compressed["perplexity"]["manual"] / dense["perplexity"]["manual"] < 1.5
 
-    answer = run(f"generate {out} -p 'The capital of France is' -n 12").stdout
+    answer = run(f"generate {out} -p 'The capital of France is' --raw -n 12").stdout
     assert "Paris" in answer
