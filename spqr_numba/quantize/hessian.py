@@ -1,6 +1,7 @@
 """The Hessian of one layer's inputs, and its factor U that every error is weighed and spread with.
 
-H = (2/N) sum x x^T over the layer's N calibration inputs. U is upper triangular with
+H = (2/N) sum x x^T over the layer's N calibration inputs. Inputs of 16 bits are multiplied in TF32
+on a GPU: their products are exact in it, and sums are fp32 as ever. U is upper triangular with
 U^T U = H^-1 (H permuted and damped): the inverse of the reversed Cholesky factor, so that one
 Cholesky and one triangular inverse suffice. With J the reversal of order and J H J = L L^T,
 H = (J L J)(J L J)^T and U = J L^-1 J.
@@ -9,6 +10,8 @@ H = (J L J)(J L J)^T and U = J L^-1 J.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +20,7 @@ from ..config import SpqrConfig
 from ..errors import InputError, NumericsError
 from .permutation import column_order
 
-__all__ = ["Factorization", "Hessian", "factorize"]
+__all__ = ["Factorization", "Hessian", "factorize", "is_finite", "tensor_cores"]
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +44,43 @@ class Hessian:
             raise InputError(f"inputs have {inputs.shape[-1]} features; the Hessian has {n}")
         x = inputs.reshape(-1, n).to(torch.float32)
         self._inputs += len(x)
-        for start in range(0, n, PANEL):  # the lower triangle of panels follows by symmetry
-            panel = x[:, start : start + PANEL]
-            self._sum[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+        with tensor_cores(inputs.is_cuda and inputs.itemsize == 2):
+            for start in range(0, n, PANEL):  # the lower triangle of panels follows by symmetry
+                panel = x[:, start : start + PANEL]
+                self._sum[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
 
     @property
     def matrix(self) -> torch.Tensor:
         """H: fp32 [in_features, in_features]. Raises NumericsError for NaN or inf."""
-        upper = self._sum.triu()
-        hessian = (upper + upper.triu(1).T) * (2 / max(self._inputs, 1))
-        if not torch.isfinite(hessian).all():
+        for start in range(0, len(self._sum), PANEL):  # in place: H can be gigabytes
+            stop = start + PANEL
+            square = self._sum[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+        hessian = self._sum * (2 / max(self._inputs, 1))
+        if not is_finite(hessian):
             raise NumericsError("the layer's inputs hold NaN or inf; check the model's weights")
         return hessian
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf; unlike torch.isfinite, makes no copy of it."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+@contextmanager
+def tensor_cores(allowed: bool) -> Iterator[None]:
+    """Matrix products of fp32 in TF32 (11 bits of each factor), if `allowed`; as set otherwise."""
+    matmul = torch.backends.cuda.matmul
+    name, value = (
+        ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    )
+    before = getattr(matmul, name)
+    setattr(matmul, name, value if allowed else before)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @dataclass(frozen=True)
@@ -83,10 +111,10 @@ def factorize(
     on_failed_factorization="round-to-nearest", a Factorization without U.
     """
     order = column_order(config.permutation, hessian.diagonal(), weight)
-    permuted = hessian[order][:, order].contiguous()
+    permuted = hessian[order][:, order]
     dead = permuted.diagonal() == 0
     for damping in damping_steps(config.damping):
-        upper = inverse_cholesky(damped(permuted, dead, damping))
+        upper = inverse_cholesky(permuted, dead, damping)
         if upper is not None:
             return Factorization(order, permuted, upper, dead, damping)
         log.warning("the Hessian is not positive definite with damping %g; trying more", damping)
@@ -107,21 +135,24 @@ def damping_steps(damping: float) -> list[float]:
     return steps
 
 
-def damped(hessian: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    """H with damping * mean(diag H) on its diagonal, and 1 where the input is dead."""
-    result = hessian.clone()
-    diagonal = result.diagonal()
-    diagonal += damping * diagonal.mean()
-    diagonal[dead] = 1
-    return result
+def inverse_cholesky(
+    hessian: torch.Tensor, dead: torch.Tensor, damping: float
+) -> torch.Tensor | None:
+    """U [n, n] fp32, upper, U^T U = (H damped)^-1; None where H is not positive definite.
 
-
-def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor | None:
-    """U [n, n] fp32, upper, U^T U = H^-1; None where H is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    Damped: damping * mean(diag H) on the diagonal, and 1 where the input is dead.
+    """
+    flipped = hessian.flip(0, 1)
+    diagonal = flipped.diagonal()
+    diagonal += damping * hessian.diagonal().mean()
+    diagonal[dead.flip(0)] = 1
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    del flipped, diagonal  # n^2 numbers each: what is not needed goes before the next is made
     if failed:
         return None
-    identity = torch.eye(len(hessian), device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
-    healthy = torch.isfinite(upper).all() and (upper.diagonal() > 0).all()
+    identity = torch.eye(len(lower), device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    upper = inverse.flip(0, 1)
+    healthy = is_finite(upper) and (upper.diagonal() > 0).all()
     return upper if healthy else None
