@@ -16,9 +16,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class CheckpointWriter:
         hidden [windows, L, d], None where no block needs it. Once this returns the block is safe.
         """
         if hidden is not None:
-            self._write(self._hidden_path(index + 1), {HIDDEN: hidden})
+            # Not waited for: a killed process loses nothing, and this file is large and soon gone.
+            self._write(self._hidden_path(index + 1), {HIDDEN: hidden}, wait=False)
         self._write(self._shard_path(index), tensors)
         self._hidden_path(index).unlink(missing_ok=True)
         self.finished_blocks = index + 1
@@ -87,8 +89,18 @@ class CheckpointWriter:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def read_hidden(self) -> torch.Tensor:
-        """The hidden states that the first unfinished block gets: [windows, L, d]."""
-        return load_file(self._hidden_path(self.finished_blocks))[HIDDEN]
+        """The hidden states that the first unfinished block gets: [windows, L, d].
+
+        Raises CheckpointError where they were lost (a power cut, a deleted file).
+        """
+        path = self._hidden_path(self.finished_blocks)
+        try:
+            return load_file(path)[HIDDEN]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot continue: {path} is lost or damaged ({error}); delete {self.partial} to"
+                " start anew"
+            ) from error
 
     def finish(self, config: str) -> None:
         """Write index and config, and rename the folder to OUT, in one step."""
@@ -98,8 +110,8 @@ class CheckpointWriter:
         with self._reported("finish"):
             for path in self.partial.iterdir():
                 _sync(path)
-            (self.partial / PROGRESS_FILE).unlink()
             _move_into_place(self.partial, self.out)
+            (self.out / PROGRESS_FILE).unlink()
 
     def _resume(self, fingerprint: str) -> int:
         """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
@@ -111,12 +123,16 @@ class CheckpointWriter:
                 self.partial, finished, self._blocks,
             )  # fmt: skip
             return finished
-        if self.partial.exists():
+        if found:
             logger.warning(
                 "%s is of another model, settings or calibration: starting anew", self.partial
             )
             shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
+        elif self.partial.exists() and any(self.partial.iterdir()):
+            raise CheckpointError(
+                f"{self.partial} exists and is no unfinished run of ours; move it away"
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
         self.write_text(PROGRESS_FILE, json.dumps({"fingerprint": fingerprint}))
         return 0
 
@@ -132,10 +148,10 @@ class CheckpointWriter:
     def _hidden_path(self, index: int) -> Path:
         return self.partial / f"hidden-{index:05d}.safetensors"
 
-    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], *, wait: bool = True) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with self._reported(f"write {path.name}"):
-            _replace(path, lambda to: save_file(contiguous, to, metadata={"format": "pt"}))
+            _replace(path, lambda to: save_file(contiguous, to, metadata={"format": "pt"}), wait)
 
     def _index(self) -> dict[str, Any]:
         weight_map: dict[str, str] = {}
@@ -169,11 +185,12 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} is a file, and a model is a folder; choose another name")
 
 
-def _replace(path: Path, write: Any) -> None:
-    """write(temporary path), then rename: `path` never exists half-written."""
+def _replace(path: Path, write: Callable[[Path], object], wait: bool = True) -> None:
+    """write(temporary path), wait until it is on the disk, rename: never half-written at `path`."""
     temporary = path.with_name(f"{path.name}.tmp")
     write(temporary)
-    _sync(temporary)
+    if wait:
+        _sync(temporary)
     temporary.replace(path)
 
 
@@ -188,9 +205,8 @@ def _sync(path: Path) -> None:
 
 def _move_into_place(whole: Path, out: Path) -> None:
     """Rename `whole` to `out`; a folder that is there goes only when the new one has its place."""
-    old = out.with_name(f"{out.name}.old")
-    if out.exists():
-        out.rename(old)
-    whole.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as old:
+        if out.exists():
+            out.rename(Path(old) / out.name)
+        whole.rename(out)
+        _sync(out.parent)

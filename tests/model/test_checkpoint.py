@@ -85,6 +85,22 @@ def test_going_on_behind_the_last_finished_block(
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_a_folder_of_the_user_s_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is no unfinished run of ours; move it away"):
+        CheckpointWriter(tmp_path / "out", 3, "a")
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_lost_hidden_states(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 3, "a")
+    write(writer, range(1))
+    (writer.partial / "hidden-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is lost or damaged .*; delete .*out\.partial"):
+        CheckpointWriter(tmp_path / "out", 3, "a").read_hidden()
+
+
 def test_another_fingerprint_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(CheckpointWriter(tmp_path / "out", 3, "a"), range(2))
     writer = CheckpointWriter(tmp_path / "out", 3, "b")
