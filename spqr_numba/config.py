@@ -69,6 +69,8 @@ class SpqrConfig:
     def __post_init__(self) -> None:
         if self.outlier_threshold is not None and math.isinf(self.outlier_threshold):
             object.__setattr__(self, "outlier_threshold", None)
+        if isinstance(self.skip, str):
+            raise ConfigError(f"skip is the string {self.skip!r}; it must be a list of patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "overrides", tuple((p, dict(v)) for p, v in self.overrides))
         self._check_ranges()
@@ -125,15 +127,17 @@ class SpqrConfig:
                 return replace(self, **values, overrides=())
         return self
 
-    def formula_bits(self, outlier_share: float = 0.0) -> float:
-        """Bits a weight by the paper's formula (section 4.2), for matrices large on both sides."""
+    def formula_bits(self, outlier_share: float = 0.0, in_features: int | None = None) -> float:
+        """Bits a weight by the paper's formula (section 4.2), for matrices large on both sides.
+
+        in_features is the length of a whole-row group; without it such statistics count nothing.
+        """
+        columns = self.group_size or in_features or math.inf
         bits = self.bits + OUTLIER_BITS * outlier_share
-        if self.group_size is None:
-            return bits
         for statistic_bits in (self.scale_bits, self.zero_bits):
-            bits += statistic_bits / self.group_size
+            bits += statistic_bits / columns
             if statistic_bits != 16:
-                bits += 2 * SECOND_LEVEL_BITS / (self.group_size * self.stats_group_size)
+                bits += 2 * SECOND_LEVEL_BITS / (columns * self.stats_group_size)
         return bits
 
     def _check_ranges(self) -> None:
@@ -155,7 +159,7 @@ class SpqrConfig:
 
     def _check_member(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, name)
-        if value not in allowed or isinstance(value, bool):
+        if value not in allowed or isinstance(value, bool | float):
             choices = ", ".join("whole row" if a is None else str(a) for a in allowed)
             raise ConfigError(f"{name} is {value!r}; it must be one of {choices}")
 
