@@ -18,6 +18,7 @@ __all__ = [
     "calibration_options",
     "config_from",
     "config_options",
+    "device_option",
     "model_argument",
     "seqlen_option",
 ]
@@ -110,6 +111,25 @@ def _apply(options: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
 
 
 model_argument = click.argument("model", required=False)
+
+
+def _check_device(ctx: click.Context, param: click.Parameter, device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.ClickException("torch finds no CUDA device here; use --device cpu")
+    return device
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    callback=_check_device,
+    help="Where to run.",
+)
 
 seqlen_option = click.option(
     "--seqlen",
@@ -241,7 +261,6 @@ config_options = _apply(
         ),
         _accepted("--perchannel", "every row has scales and zeros of its own"),
         _accepted("--fit_quantizer_without_outliers", "outliers never widen a group's grid"),
-        _accepted("--offload_activations", "only one block is in memory at a time"),
         _accepted("--skip_out_loss", "losses come from the Hessian and cost next to nothing"),
         _refused("--sym"),
         _refused("--qq_zero_sym"),

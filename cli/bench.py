@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
-from spqr_numba.errors import InputError
-
 from ._command import Command, echo_table, emit
+from ._options import device_option
 
 __all__ = ["bench"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 class Shape(click.ParamType):
-    """ROWSxCOLUMNS, as (out_features, in_features)."""
+    """ROWSxCOLUMNS as (out_features, in_features), or the name of a model's shape."""
 
     name = "rowsxcolumns"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a pair of ints."""
-        if isinstance(value, tuple):
+        """Return a pair of ints, or the name."""
+        if isinstance(value, tuple) or not value[:1].isdecimal():
             return value
         rows, _, columns = value.partition("x")
         if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
@@ -31,13 +28,6 @@ class Shape(click.ParamType):
         return int(rows), int(columns)
 
 
-device_option = click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where to run.",
-)
 shapes_option = click.option(
     "--shape",
     "shapes",
@@ -48,7 +38,7 @@ shapes_option = click.option(
     help="Of the weight.  [repeatable]",
 )
 bits_option = click.option("--bits", default=3, show_default=True, help="Bits of a weight code.")
-threads_option = click.option("--threads", type=int, help="[default: one a core]")
+threads_option = click.option("--threads", type=int, help="On a CPU.  [default: one a core]")
 
 
 @click.group()
@@ -60,18 +50,19 @@ def bench() -> None:
 @device_option
 @shapes_option
 @bits_option
-@click.option("--batch", "batches", multiple=True, default=[1], help="Inputs.  [repeatable]")
+@click.option(
+    "--batch", "batches", multiple=True, default=[1], show_default="1", help="Inputs.  [repeatable]"
+)
 @click.option("--outliers", default=0.01, show_default=True, help="Share of the weights.")
 @threads_option
-def matmul(device: str, as_json: bool, **settings: Any) -> None:
+def matmul(as_json: bool, **settings: Any) -> None:
     """Time y = W x from the compressed weight, beside torch's fp32 and bf16.
 
     GB/s count the bytes of the weight as stored; the machine's read bandwidth stands beside them.
     """
-    _check_device(device)
     from spqr_numba.bench.matmul import measure
 
-    _emit(measure(device=device, **settings), as_json)
+    _emit(measure(**settings), as_json)
 
 
 @bench.command(cls=Command)
@@ -79,20 +70,19 @@ def matmul(device: str, as_json: bool, **settings: Any) -> None:
 @shapes_option
 @bits_option
 @threads_option
-def quantize(device: str, as_json: bool, **settings: Any) -> None:
-    """Time the compression of one weight, phase by phase."""
-    _check_device(device)
+@click.option("--blocks", default=1, show_default=True, help="Of a model: how many to compress.")
+@click.option("--windows", default=128, show_default=True, help="Of a model: calibration windows.")
+@click.option("--seqlen", default=2048, show_default=True, help="Of a model: tokens a window.")
+@click.option("--offload-activations", is_flag=True, help="Of a model: keep states in main memory.")
+@click.option("--against-reference", is_flag=True, help="Time it column by column in torch too.")
+def quantize(as_json: bool, **settings: Any) -> None:
+    """Time the compression of a weight, phase by phase.
+
+    --shape also takes llama2-7b or llama2-70b: a whole decoder block of that shape.
+    """
     from spqr_numba.bench.quantize import measure
 
-    _emit(measure(device=device, **settings), as_json)
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        found = "its kernels are to come" if torch.cuda.is_available() else "there is no GPU"
-        raise InputError(f"cannot measure on cuda: {found}; use --device cpu")
+    _emit(measure(**settings), as_json)
 
 
 def _emit(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

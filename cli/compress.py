@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._command import Command, Interrupted, emit, format_bytes, progress_bar
-from ._options import calibration_options, config_from, config_options
+from ._options import calibration_options, config_from, config_options, device_option
 
 if TYPE_CHECKING:
     from spqr_numba.config import SpqrConfig
@@ -22,6 +22,14 @@ __all__ = ["compress"]
 @click.argument("out", required=False)
 @config_options
 @calibration_options
+@device_option
+@click.option(
+    "--offload-activations",
+    "--offload_activations",
+    "offload_activations",
+    is_flag=True,
+    help="Keep hidden states in main memory, also where the GPU has room.",
+)
 @click.option("--batch-size", type=int, help="Windows run at once.  [default: about 4096 tokens]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from .conftest import Run
@@ -14,10 +16,29 @@ from .conftest import Run
         ("--shape 4096", 2, "'4096' must look like 4096x4096"),
         ("--shape 0x8", 2, "'0x8' must look like 4096x4096"),
         ("--device tpu", 2, "'tpu' is not one of 'cpu', 'cuda'"),
-        ("--device cuda", 1, "cannot measure on cuda"),
+        ("--device cuda", 1, "torch finds no CUDA device here; use --device cpu"),
     ],
 )
-def test_bad_input(run: Run, what: str, options: str, code: int, message: str) -> None:
+def test_bad_input(
+    run: Run, what: str, options: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = run(f"bench {what} {options}")
     assert result.exit_code == code
     assert message in result.stderr
+
+
+def test_quantize_prints_a_row_a_shape(run: Run) -> None:
+    line = "bench quantize --shape 32x64 --shape 16x48 --against-reference"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    header, *rows = result.stdout.splitlines()
+    assert "total ms" in header
+    assert [row.split()[0] for row in rows] == ["32x64", "16x48"]
+    assert json.loads(run(line + " --json").stdout)[1]["total ms"] > 0
+
+
+def test_an_unknown_model_shape(run: Run) -> None:
+    result = run("bench quantize --shape llama9")
+    assert result.exit_code == 1
+    assert "the shape 'llama9' is none of llama2-7b" in result.stderr

@@ -52,7 +52,7 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
         ("--round_zero 1", SpqrConfig(round_zero=True)),
         ("--round_zero 0", SpqrConfig()),
         ("--permutation spearman", SpqrConfig(permutation="spearman")),
-        ("--offload_activations --skip_out_loss", SpqrConfig()),
+        ("--perchannel --skip_out_loss", SpqrConfig()),
         ("--skip lm --skip head", SpqrConfig(skip=("lm", "head"))),
         (
             "--nearest --wbits 3 --groupsize 16 --scale-bits 16 --zero-bits 16",

@@ -24,14 +24,14 @@ def gguf() -> Path:
 
 def test_compress_eval_generate(run: Run, gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run(f"compress {gguf} {out} --bits 3 --nsamples 16 --seqlen 256 --json")
+    result = run(f"compress {gguf} {out} --bits 3 --nsamples 16 --seqlen 128 --json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert len(report["layers"]) == 30 * 7
     assert report["bits"] == pytest.approx(report["formula_bits"], rel=0.005)
     assert report["bits"] < 4.6
 
-    text = "--seqlen 256 --nsamples 8 --json"
+    text = "--seqlen 256 --nsamples 4 --json"
     dense, compressed = (json.loads(run(f"eval {m} {text}").stdout)[0] for m in (gguf, out))
     assert (dense["bits"], compressed["bits"]) == (16, pytest.approx(report["bits"]))
     assert 1 < compressed["perplexity"]["manual"] / dense["perplexity"]["manual"] < 1.5
