@@ -74,10 +74,12 @@ def numba_cuda() -> Any:
     try:
         import numba_cuda  # noqa: F401 - the numba.cuda that comes with Numba itself is an old one
         from numba import cuda
+        from numba.cuda.core import config
     except ImportError as error:
         raise InputError(
             "tensors on a GPU need the package numba-cuda: pip install 'spqr-numba[cuda]'"
         ) from error
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a small weight makes a small grid
     return cuda
 
 

@@ -1,0 +1,173 @@
+"""The CUDA twin of the column loop: its PTX, its bits in Numba's simulator and on a GPU.
+
+PTX and simulator need the package numba-cuda, and no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.format.layout import MatrixSpec
+from spqr_numba.kernels import columns
+
+needs_numba_cuda = pytest.mark.skipif(
+    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
+)
+INF = float("inf")
+THRESHOLD = 4e-5  # on err^2 of `make_loop`: a few percent are outliers
+
+# (rows, columns), columns a launch, T for the fit, T, settings
+CASES: dict[str, tuple[tuple[int, int], int, float, float, dict[str, Any]]] = {
+    "paper": ((20, 40), 16, THRESHOLD, THRESHOLD, {}),
+    "8/8": ((35, 40), 24, THRESHOLD, THRESHOLD, {"group_size": 8, "stats_group_size": 8}),
+    "whole row, fp16": (
+        (33, 24), 12, INF, THRESHOLD, {"group_size": None, "scale_bits": 16, "zero_bits": 16},
+    ),
+    "round zero": ((9, 20), 16, THRESHOLD, INF, {"round_zero": True, "bits": 4}),
+}  # fmt: skip
+
+
+def make_loop(rows: int, width: int, config: SpqrConfig) -> tuple[Any, torch.Tensor, MatrixSpec]:
+    """Buffers at the start of a walk, and U [n, n]."""
+    random = torch.Generator().manual_seed(rows + width)
+    weight = torch.randn(width, rows, generator=random) * 0.02
+    weight[torch.rand(width, rows, generator=random) < 0.02] *= 6
+    upper = torch.triu(torch.randn(width, width, generator=random) * 0.1)
+    upper.diagonal().uniform_(0.5, 1.5, generator=random)
+    spec = MatrixSpec.from_config(config, rows, width)
+    loop = columns.ColumnLoop.start(weight, upper.diagonal().clone(), spec)
+    return loop._replace(errors=torch.zeros_like(weight)), upper, spec
+
+
+def walk(name: str, device: str = "cpu") -> columns.ColumnLoop:
+    """The buffers after walking all columns, on the CPU again."""
+    shape, width, fit_threshold, threshold, settings = CASES[name]
+    config = SpqrConfig(**settings)
+    loop, upper, spec = make_loop(*shape, config)
+    if device != "cpu":
+        loop = columns.ColumnLoop(*(tensor.to(device) for tensor in loop))
+        loop = loop._replace(sums=torch.zeros(spec.out_features, 2, device=device))
+    arrays = loop.arrays()
+    for start in range(0, spec.in_features, width):
+        block = upper[start : start + width, start : start + width].contiguous().to(device)
+        columns.quantize_columns(
+            arrays, spec, block, start, fit_threshold, threshold, config.round_zero
+        )
+    return columns.ColumnLoop(*(tensor.cpu() for tensor in loop))
+
+
+def simulate(name: str) -> columns.ColumnLoop:
+    """`walk`, by the CUDA kernel in the simulator; only where NUMBA_ENABLE_CUDASIM=1."""
+    from numba import njit
+
+    from spqr_numba.kernels import columns_cuda, scalars
+
+    columns_cuda.THREADS = 64  # each is a thread of the operating system
+    columns_cuda.product = njit(lambda one, other: scalars.product(one, other))
+    columns_cuda.float_to_half = njit(lambda value: scalars.float_to_half(value))
+    columns_cuda.round_to_even = njit(lambda value: scalars.round_to_even(value))
+    shape, width, fit_threshold, threshold, settings = CASES[name]
+    config = SpqrConfig(**settings)
+    loop, upper, spec = make_loop(*shape, config)
+    loop = loop._replace(sums=torch.zeros(spec.out_features, 2))
+    tile_rows = columns.tile_rows(spec)
+    chosen = columns.Settings(
+        spec.bits,
+        spec.scale_bits,
+        spec.zero_bits,
+        spec.group_size,
+        spec.stats_group_size,
+        tile_rows,
+        config.round_zero,
+        np.float32(fit_threshold),
+        np.float32(threshold),
+    )
+    threads = tile_rows, columns_cuda.THREADS // tile_rows
+    kernel = columns_cuda.walk_kernel(tile_rows)[columns.tiles(spec), threads]
+    for start in range(0, spec.in_features, width):
+        block = upper[start : start + width, start : start + width].contiguous()
+        kernel(loop.arrays(), block.numpy(), start, chosen)
+    return loop
+
+
+def assert_same_bits(ours: columns.ColumnLoop, theirs: columns.ColumnLoop) -> None:
+    for name, one, other in zip(ours._fields, ours, theirs, strict=True):
+        if name != "sums":
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
+    ours_sum, theirs_sum = ours.sums.double().sum(0), theirs.sums.double().sum(0)
+    torch.testing.assert_close(ours_sum, theirs_sum, rtol=1e-5, atol=0)
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+def test_same_bits_in_the_simulator() -> None:
+    script = (
+        f"from {__name__} import *\n"
+        "for name in ('paper', 'whole row, fp16'):\n"
+        "    assert_same_bits(walk(name), simulate(name))\n"
+    )
+    environment = os.environ | {
+        "NUMBA_ENABLE_CUDASIM": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_on_a_gpu(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert_same_bits(walk(name), walk(name, "cuda"))
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_ptx(width: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No float64, nothing in local memory, and no product fused that must be rounded."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    from spqr_numba.kernels.columns_cuda import walk_kernel
+
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
+    kernel = walk_kernel.__wrapped__(width)
+    ptx, _ = cuda.compile_ptx(kernel.py_func, signature(), cc=capability)
+    assert ".f64" not in ptx
+    assert ".local" not in ptx
+    assert set(re.findall(r"fma\S*", ptx)) <= {"fma.rn.f32"}
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2  # decoding a scale, decoding a zero
+
+
+def signature() -> tuple[Any, ...]:
+    """Numba's types of (loop, upper, start, settings)."""
+    from numba import types
+
+    loop, _, _ = make_loop(4, 4, SpqrConfig())
+    numbers = {
+        torch.float32: types.float32,
+        torch.float64: types.float32,  # the sums, which are float32 on a GPU
+        torch.uint8: types.uint8,
+        torch.uint16: types.uint16,
+    }
+    arrays = [types.Array(numbers[tensor.dtype], tensor.ndim, "C") for tensor in loop]
+    settings = [types.int64] * 6 + [types.boolean] + [types.float32] * 2
+    return (
+        types.NamedTuple(arrays, columns.ColumnLoop),
+        types.Array(types.float32, 2, "C"),
+        types.int64,
+        types.NamedTuple(settings, columns.Settings),
+    )
