@@ -44,7 +44,8 @@ class BlockCall:
 class Activations:
     """The hidden states of all calibration windows on their way through the blocks.
 
-    states       [windows, L, d], what the next block gets; replaced in place
+    states       [windows, L, d], what the next block gets; replaced in place, a batch at a time on
+                 the block's device
     batch_size   windows run at once
     calls        number of windows -> the arguments of each block for a batch of so many
     """
@@ -64,20 +65,27 @@ class Activations:
         windows: torch.Tensor,
         batch_size: int,
         states: torch.Tensor | None = None,
+        *,
+        offload: bool = False,
     ) -> Self:
         """Embed token windows [windows, L], or go on from the `states` of an earlier run.
 
-        Everything of `model` in front of its blocks must be loaded. Raises ModelError where the
-        blocks cannot be run one by one.
+        The states stay where the windows are, or with `offload` in main memory. Everything of
+        `model` in front of its blocks must be loaded. Raises ModelError where the blocks cannot be
+        run one by one.
         """
         batches = windows.split(batch_size)
+        place = torch.device("cpu") if offload else windows.device
         if states is None:
-            states = torch.cat([embed(model, blocks[0], batch) for batch in batches])
+            states = torch.cat([embed(model, blocks[0], batch).to(place) for batch in batches])
         samples = {len(batch): batch for batch in (windows[:1], batches[0], batches[-1])}
         calls = {size: record_calls(model, blocks, batch) for size, batch in samples.items()}
         if len(windows) > 1:
             check_token_independence(calls[1], record_calls(model, blocks, windows[1:2]))
-        return cls(states, batch_size, calls)
+        states = states.to(place)
+        return cls(
+            states.pin_memory() if offload and windows.is_cuda else states, batch_size, calls
+        )
 
     def run_first(self, block: nn.Module, index: int) -> None:
         """Run block `index` on the first window alone: what its hooks see, all windows will."""
@@ -98,6 +106,7 @@ class Activations:
 
     def _run(self, block: nn.Module, index: int, batch: torch.Tensor) -> torch.Tensor:
         call = self.calls[len(batch)][index]
+        batch = batch.to(next(block.parameters()).device, non_blocking=True)
         output = block(batch, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 

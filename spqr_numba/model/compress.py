@@ -45,7 +45,7 @@ from .report import (
     read_rows,
     rows_to_csv,
 )
-from .skeleton import Weights, build_skeleton, load, release, stored_names
+from .skeleton import Weights, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
 
 __all__ = ["Progress", "compress"]
@@ -79,6 +79,7 @@ def compress(
     overwrite: bool = False,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
+    offload_activations: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Compress a model into the folder `out`, and say how it went.
@@ -90,7 +91,9 @@ def compress(
     seed         of the choice of windows
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
-    device       where blocks are run and quantized
+    device       where blocks are run and quantized: "cpu" or "cuda"
+    offload_activations  keep the hidden states in main memory, batch by batch on the device; of
+                 themselves they go there where they would take half of a GPU's free memory
     progress     a bar over the blocks
 
     A run that is killed leaves `<out>.partial`, and the same call continues it behind the last
@@ -99,7 +102,7 @@ def compress(
     """
     out = Path(out).expanduser()
     check_free(out, overwrite)
-    clock = Clock()
+    clock = Clock(device)
     with clock("prepare"), torch.no_grad():
         source = open_source(model)
         check_dense(source.config)
@@ -109,6 +112,7 @@ def compress(
         if job.calibrates:
             tokens = load_tokens(dataset, tokenizer)
             job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
+            job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
     with torch.no_grad():
         return job.run(_Silent() if progress is None else progress)
@@ -124,6 +128,7 @@ class Compression:
         self.source, self.config, self.device, self.clock = source, config, device, clock
         self.dtype = torch.float32 if device.type == "cpu" else source.config.dtype
         self.model: Any = build_skeleton(source.config, self.dtype)
+        move_buffers(self.model, device)
         self.blocks: Blocks = find_blocks(self.model)
         self.settings = plan(self.blocks, config)
         self.calibrates = any(chosen.use_hessian for chosen in self.settings.values())
@@ -131,6 +136,7 @@ class Compression:
         self.names = stored_names(self.model)
         self.windows: torch.Tensor | None = None
         self.batch_size = 0
+        self.offload = False
 
     def calibrate_on(
         self,
@@ -154,6 +160,14 @@ class Compression:
             )
         self.windows = sample_windows(tokens, nsamples, length, seed)
         self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
+
+    def activations_crowd(self) -> bool:
+        """Whether all hidden states would take half of the GPU's free memory, or more."""
+        if self.device.type != "cuda" or self.windows is None:
+            return False
+        width = self.source.config.get_text_config().hidden_size
+        needed = self.windows.numel() * width * self.dtype.itemsize
+        return 2 * needed > torch.cuda.mem_get_info(self.device)[0]
 
     def open(self, out: Path, overwrite: bool) -> None:
         """Start writing `out`, or go on with what an earlier run of the same job left."""
@@ -201,7 +215,12 @@ class Compression:
         with self.clock("forward"):
             self._load(names)
             activations = Activations.start(
-                self.model, self.blocks.modules, self.windows, self.batch_size, states
+                self.model,
+                self.blocks.modules,
+                self.windows.to(self.device),
+                self.batch_size,
+                states,
+                offload=self.offload,
             )
             release(self.model, names)
         return activations

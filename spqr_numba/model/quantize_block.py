@@ -61,7 +61,7 @@ class BlockQuantizer:
         for stage in [[group] for group in groups] if sequential else [groups]:
             hessians = self._accumulate(stage, activations)
             for group in stage:
-                results |= self._quantize_group(group, hessians.get(group))
+                results |= self._quantize_group(group, hessians.pop(group, None))
         return results
 
     def _input_groups(self, activations: Activations) -> list[InputGroup]:
@@ -120,6 +120,7 @@ class BlockQuantizer:
             return {name: self._quantize(name, None) for name in group.names}
         with named(group.names[0]):
             matrix = hessian.matrix
+        del hessian  # as large as the matrix
         factorizations: dict[tuple, Factorization] = {}
         results = {}
         for name in group.names:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import SpqrConfig
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 
@@ -126,9 +128,12 @@ class Clock:
     with clock("forward"):
         with clock("hessian"):
             ...
+
+    A GPU works on behind our back, so each phase waits until `device` is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._on_gpu = torch.device(device).type == "cuda"
         self.seconds: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
         self._since = time.perf_counter()
@@ -145,6 +150,8 @@ class Clock:
             self._running.pop()
 
     def _charge(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

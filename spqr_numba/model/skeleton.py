@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ModelError, NumericsError
 
-__all__ = ["Weights", "build_skeleton", "load", "release", "stored_names"]
+__all__ = ["Weights", "build_skeleton", "load", "move_buffers", "release", "stored_names"]
 
 
 class Weights(Protocol):
@@ -62,6 +62,14 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move what the model's code computed to where its weights will be."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def stored_names(model: Any) -> list[str]:
