@@ -118,7 +118,7 @@ class BlockQuantizer:
         """Compress linears of one input; those with equal settings share permutation and U."""
         if hessian is None:
             return {name: self._quantize(name, None) for name in group.names}
-        with named(group.names[0]):
+        with self.clock("hessian"), named(group.names[0]):
             matrix = hessian.matrix
         del hessian  # as large as the matrix
         factorizations: dict[tuple, Factorization] = {}
@@ -126,7 +126,7 @@ class BlockQuantizer:
         for name in group.names:
             key = self._factorization_key(name)
             if key is not None and key not in factorizations:
-                with self.clock("quantize"), named(name):
+                with self.clock("factorise"), named(name):
                     weight = self.linears[name].weight
                     factorizations[key] = factorize(matrix, self.settings[name], weight)
             results[name] = self._quantize(name, factorizations.get(key) if key else None)

@@ -79,8 +79,8 @@ class CompressionReport:
 
     out       the folder
     layers    a row a compressed linear, in the order of the model
-    seconds   phase -> seconds: prepare, forward, hessian, quantize, write (of this run only, where
-              it continued another)
+    seconds   phase -> seconds: prepare, read, forward, hessian, factorise, quantize, write (of this
+              run only, where it continued another)
     bytes     of all files in the folder
     """
 

@@ -187,7 +187,15 @@ def test_report_and_log_agree(folder_of: FolderOf, tmp_path: Path, text_file: Pa
     weights = sum(m.spec.out_features * m.spec.in_features for m in layers)
     assert report.bits == pytest.approx(8 * sum(m.nbytes for m in layers) / weights)
     assert report.bytes == sum(path.stat().st_size for path in report.out.iterdir())
-    assert set(report.seconds) == {"prepare", "read", "forward", "hessian", "quantize", "write"}
+    assert set(report.seconds) == {
+        "prepare",
+        "read",
+        "forward",
+        "hessian",
+        "factorise",
+        "quantize",
+        "write",
+    }
 
 
 def test_the_same_seed_gives_the_same_bytes(folder_of: FolderOf, run: Run) -> None:
