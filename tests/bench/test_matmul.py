@@ -1,0 +1,50 @@
+"""The bench of the matrix product: what it measures is right, and its rows are whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spqr_numba.bench import matmul
+from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.errors import InputError
+from tests.problems import make_spec
+
+
+def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row a shape and batch, with ratios that are those of the times."""
+    monkeypatch.setattr(matmul, "REPEATS", 4)
+    monkeypatch.setattr(matmul, "COLD_BYTES", 1)
+    monkeypatch.setattr(matmul, "READ_BYTES", 1 << 16)
+    rows = matmul.measure(shapes=[(64, 96), (32, 64)], batches=[1, 3])
+    assert [(row["m x n"], row["batch"]) for row in rows] == [
+        ("64 x 96", 1), ("64 x 96", 3), ("32 x 64", 1), ("32 x 64", 3),
+    ]  # fmt: skip
+    assert all(row["spqr us"] > 0 and row["fp32 us"] > 0 and row["GB/s"] > 0 for row in rows)
+
+
+def test_a_wrong_product_is_not_timed() -> None:
+    weight = torch.randn(8, 8)
+    x = torch.randn(1, 8)
+    matmul.check(x @ weight.T, x, weight)
+    with pytest.raises(AssertionError, match="off by"):
+        matmul.check(x @ weight.T + 1e-3, x, weight)
+
+
+def test_turns_use_other_memory() -> None:
+    matrices = matmul.cold([random_matrix(make_spec(32, 64), 0.1)])
+    assert len({matrix["codes"].data_ptr() for matrix in matrices}) == len(matrices) >= 3
+
+
+def test_outlier_share() -> None:
+    matrix = random_matrix(make_spec(128, 256), 0.05)
+    matrix.check_values()
+    assert matrix.outlier_share == pytest.approx(0.05, rel=0.2)
+    assert random_matrix(make_spec(32, 64), 0).outliers is None
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(InputError, match="llama2-7b"):
+        matmul.measure(shapes=["llama2-7b"])
+    with pytest.raises(InputError, match="no kernel for cuda"):
+        matmul.measure(device="cuda")
