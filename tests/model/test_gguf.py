@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -43,6 +44,12 @@ def weights(smollm2: Source, model: Any) -> Weights:
     return smollm2.weights(model)
 
 
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Any]:
+    """The file's own tensors, by their own names."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file()).tensors}
+
+
 def test_the_config_is_complete(smollm2: Source) -> None:
     config = smollm2.config
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 576, 30)
@@ -66,13 +73,11 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     ],
 )
 def test_weights_are_dequantized_and_put_in_order(
-    name: str, stored: str, heads: int | None, weights: Weights
+    name: str, stored: str, heads: int | None, weights: Weights, tensors: dict[str, Any]
 ) -> None:
     read = weights.read(f"model.layers.3.{name}.weight")
     assert read.dtype == torch.float16
-    gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-    reader = gguf.GGUFReader(gguf_file())
-    tensor = next(t for t in reader.tensors if t.name == f"blk.3.{stored}.weight")
+    tensor = tensors[f"blk.3.{stored}.weight"]
     expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).half()
     assert torch.equal(interleaved(read, heads) if heads else read, expected)
 
