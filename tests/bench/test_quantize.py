@@ -31,6 +31,11 @@ def test_an_unknown_shape() -> None:
         quantize.measure(shapes=["llama9"])
 
 
+def test_weights_and_blocks_are_two_tables() -> None:
+    with pytest.raises(InputError, match="one kind at a time"):
+        quantize.measure(shapes=["llama2-7b", (32, 64)])
+
+
 def test_the_reference_does_the_same_work() -> None:
     problem = make_problem(96, 160)
     config = SpqrConfig()
