@@ -61,8 +61,8 @@ def measure(
     """Rows of a table, one a weight (out_features, in_features) or a block ("llama2-7b").
 
     Milliseconds for a weight, medians of five runs; seconds for a block, one run of each of
-    `blocks`, on `windows` of `seqlen` tokens. against_reference adds the time of a weight's work one
-    column at a time in torch (reference.py). Raises InputError for an unknown shape, or where
+    `blocks`, on `windows` of `seqlen` tokens. against_reference adds the time of a weight's columns
+    one after the other in torch (reference.py). Raises InputError for an unknown shape, or where
     weights and blocks, whose rows differ, are asked for together.
     """
     if len({isinstance(shape, str) for shape in shapes}) > 1:
