@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -83,9 +84,9 @@ def measure_shape(matrices: list[SpqrMatrix], batch: int, bandwidth: float) -> R
     x_half = x.bfloat16()
     times = in_turns(
         {
-            "spqr": [lambda m=m: matmul(x, m) for m in matrices],
-            "fp32": [lambda w=w: linear(x, w) for w in dense],
-            "bf16": [lambda w=w: linear(x_half, w) for w in halves],
+            "spqr": [partial(matmul, x, matrix) for matrix in matrices],
+            "fp32": [partial(linear, x, other) for other in dense],
+            "bf16": [partial(linear, x_half, other) for other in halves],
         }
     )
     ours, fp32, bf16 = (median(times[name]) for name in ("spqr", "fp32", "bf16"))
@@ -95,13 +96,13 @@ def measure_shape(matrices: list[SpqrMatrix], batch: int, bandwidth: float) -> R
         "m x n": f"{weight.shape[0]} x {weight.shape[1]}",
         "batch": batch,
         "bits": round(matrices[0].bits_per_weight, 3),
-        "spqr us": round(ours * 1e6),
-        "spread us": round((high - low) * 1e6),
-        "fp32 us": round(fp32 * 1e6),
-        "bf16 us": round(bf16 * 1e6),
+        "spqr us": round(ours * 1e6, 1),
+        "spread us": round((high - low) * 1e6, 1),
+        "fp32 us": round(fp32 * 1e6, 1),
+        "bf16 us": round(bf16 * 1e6, 1),
         "fp32 / spqr": round(fp32 / ours, 2),
         "bf16 / spqr": round(bf16 / ours, 2),
-        "GB/s": round(gigabytes, 1),
+        "GB/s": round(gigabytes, 3),
         "read GB/s": round(bandwidth, 1),
     }
 
