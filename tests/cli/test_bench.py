@@ -42,3 +42,16 @@ def test_an_unknown_model_shape(run: Run) -> None:
     result = run("bench quantize --shape llama9")
     assert result.exit_code == 1
     assert "the shape 'llama9' is none of llama2-7b" in result.stderr
+
+
+def test_matmul_prints_a_row_a_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spqr_numba.bench.matmul.COLD_BYTES", 0)
+    rows = json.loads(run("bench matmul --shape 64x96 --batch 1 --batch 2 --json").stdout)
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert all(row["spqr us"] > 0 for row in rows)
+
+
+def test_matmul_wants_the_shape_of_a_weight(run: Run) -> None:
+    result = run("bench matmul --shape llama2-7b")
+    assert result.exit_code == 1
+    assert "give ROWSxCOLUMNS" in result.stderr
