@@ -149,9 +149,7 @@ class MatrixSpec:
         """Runs of 32 columns in a row; the last may be ragged."""
         return ceil_div(self.in_features, CODES_PER_CHUNK)
 
-    def buffers(
-        self, outliers: int | None, permuted: bool
-    ) -> dict[str, tuple[Shape, torch.dtype]]:
+    def buffers(self, outliers: int | None, permuted: bool) -> dict[str, tuple[Shape, torch.dtype]]:
         """Name -> (shape, dtype) of every buffer; `outliers` is their count, None for none kept."""
         buffers: dict[str, tuple[Shape, torch.dtype]] = {
             "codes": ((self.chunks, self.bits, self.out_features), torch.int32)

@@ -11,32 +11,67 @@
 Scale and zero are applied to the sums of a group and not to its weights: exact, and 1/group_size
 of the work. Source of the idea: section 4.3 of arXiv 2306.03078 (dense part and CSR part at once).
 
-On a CPU a thread takes a run of rows and walks the chunks of 32 columns; within a chunk it takes
-eight rows at a time, one a lane, so that the reduction over columns never leaves a lane. From
-`GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
+On a CPU each thread has a run of rows and takes the inputs in blocks of one or four. It stages a
+block: x', inputs fastest and padded with zeros, and X. Then it takes a tile of its rows, so that
+their sums stay in the nearest cache, walks the chunks of 32 columns, and in a chunk takes 16 or 32
+rows at a time, one a lane: the reduction over columns never leaves a lane. A code costs a shift, a
+mask and a conversion, and a multiply-add for each input; without AVX-512 that, and not memory, sets
+the pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from ..errors import InputError
 from ..format.layout import CODES_PER_CHUNK
 from ..format.matrix import SpqrMatrix
-from .dequantize import dequantize_reference, dequantize_stored, stored_order
-from .scalars import half_to_float, weight_of
-from .simd import LANES, chunk_dot, load_floats, multiply_add, splat, store_floats
-from .unpack import buffers_of, scales_in, statistic_decoders, weight_code, zeros_in
+from .dequantize import dequantize_reference, dequantize_rows, row_blocks, stored_order
+from .parallel import Fields, tasks_for
+from .scalars import weight_of
+from .simd import (
+    F32,
+    FLOAT_BYTES,
+    add,
+    broadcast,
+    float_at,
+    free,
+    fused_multiply_add,
+    half_at,
+    heap_floats,
+    i64,
+    int32_at,
+    lane,
+    literals,
+    load,
+    load_floats,
+    multiply_add,
+    pointer,
+    stack_floats,
+    store_float,
+    zeros,
+)
+from .unpack import (
+    WORD_BYTES,
+    ChunkWords,
+    decoded_rows,
+    groups_of,
+    index_at,
+    packed_matrix,
+    statistic_at,
+    weight_code,
+)
 
 __all__ = ["matmul", "matmul_reference"]
 
-GEMM_FROM = 16
-TASKS_PER_THREAD = 4
+GEMM_FROM = 96
+INPUTS = 4  # of a block, where there is more than one
+LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
+TILE_FLOATS = 2048  # sums of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -45,122 +80,244 @@ def matmul_reference(x: np.ndarray, matrix: SpqrMatrix) -> np.ndarray:
     return x.astype(np.float64) @ dequantize_reference(matrix).astype(np.float64).T
 
 
-@cache
-def cpu_kernel(bits: int, piece_columns: int, scale_bits: int, zero_bits: int) -> Callable:
-    """The CPU twin for one input: (Buffers, x', X, tasks, y).
-
-    piece_columns is how many columns of a chunk share a group: 8, 16 or all 32. x' fp32
-    [chunks * 32] (zeros behind the last column), X fp32 [chunks, pieces] the sums of x' over each
-    piece, y fp32 [m].
-    """
-    pieces = CODES_PER_CHUNK // piece_columns
-    scale_of, scales_of = statistic_decoders(scale_bits)
-    zero_of, zeros_of = statistic_decoders(zero_bits)
-    dot = chunk_dot(bits, pieces)
-
-    @njit(parallel=True)
-    def kernel(buffers, x, x_sums, tasks, y):
-        blocks = buffers.rows // LANES
-        for task in prange(tasks):
-            first = blocks * task // tasks * LANES
-            last = blocks * (task + 1) // tasks * LANES
-            dense_rows(buffers, first, last, x, x_sums, y)
-            sparse_rows(buffers, first, last, x, y)
-        ragged_rows(buffers, blocks * LANES, x, y)
-        sparse_rows(buffers, blocks * LANES, buffers.rows, x, y)
-
-    @njit(_nrt=False)
-    def dense_rows(buffers, first, last, x, x_sums, y):
-        codes, scales, zeros = buffers.codes, scales_in(buffers), zeros_in(buffers)
-        rows, group_size, last_group = buffers.rows, buffers.group_size, buffers.groups - 1
-        for row in range(first, last):
-            y[row] = np.float32(0)
-        for chunk in range(x_sums.shape[0]):
-            start = chunk * CODES_PER_CHUNK
-            first_group = start // group_size
-            for row in range(first, last, LANES):
-                sums = dot(codes, chunk * bits * rows + row, rows, x, start)
-                total = load_floats(y, row)
-                for piece in range(pieces):
-                    group = min(first_group + piece, last_group)
-                    zero = zeros_of(zeros, group, row)
-                    centred = sums[piece] - zero * splat(x_sums[chunk, piece])
-                    total = multiply_add(scales_of(scales, group, row), centred, total)
-                store_floats(y, row, total)
-
-    @njit
-    def ragged_rows(buffers, first, x, y):
-        scales, zeros = scales_in(buffers), zeros_in(buffers)
-        for row in range(first, buffers.rows):
-            y[row] = np.float32(0)
-            for column in range(buffers.columns):
-                group = column // buffers.group_size
-                code = weight_code(buffers, bits, column, row)
-                scale = scale_of(scales, group, row)
-                y[row] += weight_of(code, scale, zero_of(zeros, group, row)) * x[column]
-
-    return kernel
+def multiply_rows(task, tasks, matrix, x, y, batch):
+    """The CPU twin, a kernel: x fp32 [batch, columns] -> y fp32 [batch, rows], this task's rows."""
+    runs = (matrix.rows + matrix.lanes - 1) // matrix.lanes
+    first = runs * task // tasks * matrix.lanes
+    last = min(runs * (task + 1) // tasks * matrix.lanes, matrix.rows)
+    staged = heap_floats(matrix.inputs * matrix.chunks * (CODES_PER_CHUNK + matrix.pieces))
+    for start in range(0, batch, matrix.inputs):
+        inputs = x + FLOAT_BYTES * start * matrix.columns
+        out = y + FLOAT_BYTES * start * matrix.rows
+        count = min(matrix.inputs, batch - start)
+        stage_inputs(matrix, inputs, count, staged)
+        multiply_tiles(matrix, first, last, staged, count, out)
+    free(staged)
 
 
-@njit(_nrt=False)
-def sparse_rows(buffers, first, last, x, y):
-    """y[row] += sum over the outliers of a row of value * x'[column]."""
-    for row in range(first, last):
-        total = np.float32(0)
-        for at in range(buffers.outlier_row_offsets[row], buffers.outlier_row_offsets[row + 1]):
-            total += half_to_float(buffers.outlier_values[at]) * x[buffers.outlier_columns[at]]
-        y[row] += total
+# --- CPU: staging
 
 
 @njit
-def stage_input(x, permutation, out, sums):
-    """out[j] = x[permutation[j]] and, padded with zeros, the sums over its pieces: one input."""
-    for j in range(x.size):
-        out[j] = x[permutation[j]] if permutation.size else x[j]
-    out[x.size :] = np.float32(0)
-    piece_columns = out.size // sums.size
-    flat = sums.reshape(-1)
-    for piece in range(flat.size):
-        total = np.float32(0)
-        for j in range(piece * piece_columns, (piece + 1) * piece_columns):
-            total += out[j]
-        flat[piece] = total
+def stage_inputs(matrix, x, count, staged):
+    """x fp32 [count, columns] -> x' fp32 [chunks * 32, inputs], X fp32 [chunks * pieces, inputs]:
+    permuted, inputs fastest, 0 for what there is not."""
+    columns = matrix.chunks * CODES_PER_CHUNK
+    for j in range(columns):
+        inside = j < matrix.columns
+        column = index_at(matrix, matrix.permutation, j) if inside and matrix.permutation else j
+        for i in range(matrix.inputs):
+            known = inside and i < count
+            value = float_at(x, i * matrix.columns + column) if known else np.float32(0)
+            store_float(staged, j * matrix.inputs + i, value)
+    sum_pieces(matrix, staged, staged + FLOAT_BYTES * columns * matrix.inputs)
 
 
-def matmul(
-    x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+@njit
+def sum_pieces(matrix, staged, sums):
+    """X[piece, i] = the sum of x'[j, i] over the columns of a piece."""
+    length = CODES_PER_CHUNK // matrix.pieces
+    for piece in range(matrix.chunks * matrix.pieces):
+        for i in range(matrix.inputs):
+            total = np.float32(0)
+            for j in range(piece * length, (piece + 1) * length):
+                total += float_at(staged, j * matrix.inputs + i)
+            store_float(sums, piece * matrix.inputs + i, total)
+
+
+# --- CPU: multiplying
+
+
+@njit
+def multiply_tiles(matrix, first, last, x, count, y):
+    """Rows [first, last) of y fp32 [count, rows] from a staged block of inputs."""
+    sums = stack_floats(TILE_FLOATS)
+    tile_rows = TILE_FLOATS // matrix.inputs
+    for tile in range(first, last, tile_rows):
+        end = min(tile + tile_rows, last)
+        multiply_tile(matrix, tile, end, x, sums)
+        for i in range(count):
+            for row in range(tile, end):
+                store_float(y, i * matrix.rows + row, float_at(sums, i * tile_rows + row - tile))
+
+
+@njit
+def multiply_tile(matrix, first, last, x, sums):
+    """sums [inputs, tile_rows] of the rows [first, last) of one block of inputs."""
+    for at in range(TILE_FLOATS):
+        store_float(sums, at, np.float32(0))
+    whole = last - (last - first) % matrix.lanes
+    dense_rows(matrix, first, whole, x, sums)
+    ragged_rows(matrix, whole, last, x, sums + FLOAT_BYTES * (whole - first))
+    if matrix.outlier_row_offsets:
+        sparse_rows(matrix, first, last, x, sums)
+
+
+@njit
+def dense_rows(matrix, first, last, x, sums):
+    """sums += the dense part of whole vectors of rows."""
+    totals = x + FLOAT_BYTES * matrix.inputs * matrix.chunks * CODES_PER_CHUNK
+    for chunk in range(matrix.chunks):
+        words = matrix.codes + WORD_BYTES * chunk * matrix.bits * matrix.rows
+        inputs = x + FLOAT_BYTES * matrix.inputs * chunk * CODES_PER_CHUNK
+        input_sums = totals + FLOAT_BYTES * matrix.inputs * chunk * matrix.pieces
+        groups = groups_of(matrix, chunk)
+        for row in range(first, last, matrix.lanes):
+            add_chunk(
+                matrix,
+                words + WORD_BYTES * row,
+                inputs,
+                input_sums,
+                groups,
+                row,
+                sums + FLOAT_BYTES * (row - first),
+            )
+
+
+@intrinsic
+def add_chunk(typingctx, matrix, words, x, x_sums, groups, row, sums):
+    """sums [inputs, tile_rows] += the products of one chunk with the rows from `row` on.
+
+    words: address of the chunk's first word of that row; x fp32 [32, inputs] and
+    x_sums fp32 [pieces, inputs]: the chunk's x' and X; groups: of its pieces.
+    """
+    places = (types.intp,) * 3
+
+    def codegen(context, builder, signature, arguments):
+        fields = Fields(context, builder, matrix, arguments[0])
+        words, x, x_sums, groups, row, sums = arguments[1:]
+        chunk = ChunkWords(fields, words)
+        for piece in range(fields.pieces):
+            dots = piece_dots(chunk, fields, x, piece)
+            group = builder.extract_value(groups, piece)
+            add_piece(fields, dots, x_sums, piece, group, row, sums)
+        return context.get_dummy_value()
+
+    return types.none(matrix, *places, groups, types.intp, types.intp), codegen
+
+
+def piece_dots(chunk: ChunkWords, matrix: Fields, x: ir.Value, piece: int) -> list[ir.Value]:
+    """sum_k code_k * x'[k, i] over the columns of a piece, a vector over rows for each input."""
+    columns = CODES_PER_CHUNK // matrix.pieces
+    dots = [literals(F32, [0.0] * matrix.lanes)] * matrix.inputs
+    for k in range(piece * columns, (piece + 1) * columns):
+        code = chunk.code(k)
+        for i in range(matrix.inputs):
+            element = load(matrix.builder, x, i64(k * matrix.inputs + i), F32, FLOAT_BYTES)
+            factor = broadcast(matrix.builder, element, matrix.lanes)
+            dots[i] = fused_multiply_add(matrix.builder, code, factor, dots[i])
+    return dots
+
+
+def add_piece(matrix, dots, x_sums, piece, group, row, sums):
+    """sums[i] += scale * (dots[i] - zero * x_sums[piece, i])."""
+    builder = matrix.builder
+    scale = decoded_rows(matrix.scale, group, row)
+    zero = decoded_rows(matrix.zero, group, row)
+    for i, dot in enumerate(dots):
+        x_sum = load(builder, x_sums, i64(piece * matrix.inputs + i), F32, FLOAT_BYTES)
+        minus = broadcast(builder, builder.fneg(x_sum), matrix.lanes)
+        centred = fused_multiply_add(builder, zero, minus, dot)
+        tile = i64(i * (TILE_FLOATS // matrix.inputs))
+        at = pointer(builder, sums, tile, dot.type, FLOAT_BYTES)
+        total = builder.load(at, align=FLOAT_BYTES)
+        builder.store(fused_multiply_add(builder, scale, centred, total), at, align=FLOAT_BYTES)
+
+
+@njit
+def ragged_rows(matrix, first, last, x, sums):
+    """sums += the dense part of rows that are too few for a vector."""
+    tile_rows = TILE_FLOATS // matrix.inputs
+    for column in range(matrix.columns):
+        group = column // matrix.group_size
+        for row in range(first, last):
+            scale = statistic_at(matrix.scale, group, row)
+            zero = statistic_at(matrix.zero, group, row)
+            weight = weight_of(weight_code(matrix, column, row), scale, zero)
+            for i in range(matrix.inputs):
+                at = i * tile_rows + row - first
+                product = weight * float_at(x, column * matrix.inputs + i)
+                store_float(sums, at, float_at(sums, at) + product)
+
+
+@njit
+def sparse_rows(matrix, first, last, x, sums):
+    """sums += sum over the outliers of a row of value * x'[column]."""
+    tile_rows = TILE_FLOATS // matrix.inputs
+    at = int32_at(matrix.outlier_row_offsets, first)
+    for row in range(first, last):
+        end = int32_at(matrix.outlier_row_offsets, row + 1)
+        total = outlier_products(matrix, at, end, x)
+        at = end
+        for i in range(matrix.inputs):
+            index = i * tile_rows + row - first
+            store_float(sums, index, float_at(sums, index) + lane(total, i))
+
+
+@njit(inline="always")
+def outlier_products(matrix, first, last, x):
+    """The sum over the outliers from `first` on, a lane an input, in four chains of additions."""
+    a = b = c = d = zeros(matrix.inputs)
+    whole = last - (last - first) % 4
+    for at in range(first, whole, 4):
+        a = add_outlier(matrix, at, x, a)
+        b = add_outlier(matrix, at + 1, x, b)
+        c = add_outlier(matrix, at + 2, x, c)
+        d = add_outlier(matrix, at + 3, x, d)
+    for at in range(whole, last):
+        a = add_outlier(matrix, at, x, a)
+    return add(add(a, b), add(c, d))
+
+
+@njit(inline="always")
+def add_outlier(matrix, at, x, total):
+    """total, a lane an input, plus one outlier's products."""
+    column = index_at(matrix, matrix.outlier_columns, at)
+    inputs = load_floats(x, column * matrix.inputs, matrix.inputs)
+    return multiply_add(inputs, half_at(matrix.outlier_values, at), total)
+
+
+# --- The product
+
+
+def matmul(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W_hat^T + bias.
 
     x fp32, fp16 or bf16 [..., in_features], bias [out_features] or None -> like x
     [..., out_features]. Raises InputError for another shape, dtype or device.
     """
     check_input(x, matrix, bias)
-    flat = x.reshape(-1, matrix.spec.in_features).to(torch.float32)
-    y = gemm(flat, matrix) if len(flat) >= GEMM_FROM else matvecs(flat, matrix)
+    y = torch.empty((*x.shape[:-1], matrix.spec.out_features), dtype=torch.float32, device="cpu")
+    batch = x.numel() // matrix.spec.in_features
+    if batch >= GEMM_FROM:
+        gemm(floats_of(x).view(batch, -1), matrix, y.view(batch, -1))
+    elif batch:
+        multiply(floats_of(x), batch, matrix, y)
     if bias is not None:
         y += bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], matrix.spec.out_features)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-def matvecs(x: torch.Tensor, matrix: SpqrMatrix) -> torch.Tensor:
-    """fp32 [batch, n] -> [batch, m], one input after another through the fused kernel."""
-    spec, buffers = matrix.spec, buffers_of(matrix)
-    piece_columns = min(spec.group_size, CODES_PER_CHUNK) if spec.groups > 1 else CODES_PER_CHUNK
-    kernel = cpu_kernel(spec.bits, piece_columns, spec.scale_bits, spec.zero_bits)
-    staged = np.empty(spec.chunks * CODES_PER_CHUNK, np.float32)
-    sums = np.empty((spec.chunks, CODES_PER_CHUNK // piece_columns), np.float32)
-    y = torch.empty(len(x), spec.out_features)
-    tasks = get_num_threads() * TASKS_PER_THREAD
-    for one_x, one_y in zip(x.detach().contiguous().numpy(), y.numpy(), strict=True):
-        stage_input(one_x, buffers.permutation, staged, sums)
-        kernel(buffers, staged, sums, tasks, one_y)
-    return y
+def floats_of(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32, contiguous. Each call of torch's counts, where a layer takes microseconds."""
+    if x.dtype != torch.float32:
+        x = x.to(torch.float32)
+    return x if x.is_contiguous() else x.contiguous()
 
 
-def gemm(x: torch.Tensor, matrix: SpqrMatrix) -> torch.Tensor:
-    """fp32 [batch, n] -> [batch, m] through the dequantized weight and BLAS."""
-    return x[:, stored_order(matrix)] @ dequantize_stored(matrix)
+def multiply(x: torch.Tensor, batch: int, matrix: SpqrMatrix, y: torch.Tensor) -> None:
+    """Fill y fp32 [batch, m] from x fp32 [batch, n] through the kernel."""
+    inputs = 1 if batch == 1 else INPUTS
+    tasks = tasks_for(x.numel() * matrix.spec.out_features)
+    packed = packed_matrix(matrix, LANES[inputs], inputs)
+    packed.run(multiply_rows, tasks, x.data_ptr(), y.data_ptr(), batch)
+
+
+def gemm(x: torch.Tensor, matrix: SpqrMatrix, y: torch.Tensor) -> None:
+    """Fill y [batch, m] from x [batch, n] through the dequantized weight and BLAS."""
+    x = x.detach()[:, stored_order(matrix)]
+    for first, last in row_blocks(matrix):
+        torch.mm(x, dequantize_rows(matrix, first, last), out=y[:, first:last])
 
 
 def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> None:
@@ -168,7 +325,7 @@ def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) 
     spec = matrix.spec
     if x.dtype not in DTYPES:
         raise InputError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
-    if x.ndim < 1 or x.shape[-1] != spec.in_features:
+    if x.shape[-1:] != (spec.in_features,):
         raise InputError(
             f"x has shape {list(x.shape)}; its last axis must be in_features ({spec.in_features})"
         )
@@ -176,5 +333,5 @@ def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) 
         raise InputError(f"x is on {x.device}, the weight on {matrix.device}")
     if x.device.type != "cpu":
         raise InputError(f"there is no matmul kernel for device {x.device} yet")
-    if bias is not None and tuple(bias.shape) != (spec.out_features,):
+    if bias is not None and bias.shape != (spec.out_features,):
         raise InputError(f"bias has shape {list(bias.shape)}; it must be [{spec.out_features}]")

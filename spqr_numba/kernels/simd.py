@@ -1,303 +1,343 @@
-"""Eight rows at a time on a CPU: the few LLVM vector operations that Numba lacks.
+"""Vectors over rows on a CPU: the few LLVM operations that Numba lacks.
 
-The Numba type F32x8 lives in vector registers inside `njit` code; lane r is row r of eight. Where
-the machine's registers have fewer lanes LLVM uses several.
+Lane r of a vector is row r of a run of rows, so that a reduction over columns never leaves its
+lane. The Numba type Floats(n) lives in registers inside compiled code; where the machine's have
+fewer than n lanes, LLVM uses several. Memory is an address and an index.
 
-    load_floats load_halves store_floats   flat array, offset
-    load_window                            32 bits from any byte on
-    splat                                  one number in every lane
-    chunk_dot chunk_codes                  32 packed codes of eight rows
-    spread_codes                           one packed code a lane
-    round_to_half                          to fp16 and back
-    + - * on F32x8, multiply_add           multiply_add rounds once
+In kernels
+    float_at half_at word_at ...    one number of memory
+    load_floats, store_floats       a vector
+    store_float                     one number
+    stack_floats, heap_floats, free memory for a while
+    add subtract multiply           a float32 stands for itself in every lane
+    multiply_add                    in one rounding
+    zeros, lane                     a vector of nothing; one of its numbers
 
-The chunk operations are written out code by code when they are compiled, for `bits` fixed: every
-word, shift and mask is a constant, and nothing is left of the loop.
+In intrinsics, which write LLVM's instructions one by one
+    load pointer prefetch broadcast concatenate literals i64
+    fused_multiply_add through_half
+    halves                          fp16 numbers, each several times
+    spread                          packed codes, one a lane
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
-
-from ..format.layout import CODES_PER_CHUNK
+from numba.extending import intrinsic, models, register_model
 
 __all__ = [
-    "LANES",
-    "chunk_codes",
-    "chunk_dot",
+    "F32",
+    "FLOAT_BYTES",
+    "I32",
+    "I64",
+    "Floats",
+    "add",
+    "broadcast",
+    "float_at",
+    "free",
+    "fused_multiply_add",
+    "half_at",
+    "halves",
+    "heap_floats",
+    "i64",
+    "int32_at",
+    "lane",
+    "literals",
+    "load",
     "load_floats",
-    "load_halves",
-    "load_window",
+    "multiply",
     "multiply_add",
-    "round_to_half",
-    "splat",
-    "spread_codes",
+    "pointer",
+    "prefetch",
+    "spread",
+    "stack_floats",
+    "store_float",
     "store_floats",
+    "subtract",
+    "through_half",
+    "uint16_at",
+    "word_at",
+    "zeros",
 ]
 
-LANES = 8
-WORD_BITS = 32
-I32 = ir.VectorType(ir.IntType(32), LANES)
-F16 = ir.VectorType(ir.HalfType(), LANES)
-F32 = ir.VectorType(ir.FloatType(), LANES)
-FOUR = ir.Constant(ir.IntType(64), 4)
+I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+FLOAT_BYTES = 4
+LINE_BYTES = 64  # of a cache
+OCTET = 8  # codes of at most 4 bits that one word holds
+
+shaped = intrinsic(prefer_literal=True)  # an argument that gives a shape must be a constant
 
 
-class Vector(types.Type):
-    """Eight lanes of one LLVM type."""
+class Floats(types.Type):
+    """`lanes` float32 numbers in vector registers."""
 
-    def __init__(self, name: str, llvm_type: ir.Type) -> None:
-        super().__init__(name=name)
-        self.llvm_type = llvm_type
-
-
-f32x8 = Vector("F32x8", F32)
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"F32x{lanes}")
 
 
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    """A vector is passed in registers, as the LLVM vector it is."""
+@register_model(Floats)
+class FloatsModel(models.PrimitiveModel):
+    """A vector is passed as the LLVM vector it is."""
 
-    def __init__(self, dmm: Any, fe_type: Vector) -> None:
-        super().__init__(dmm, fe_type, fe_type.llvm_type)
-
-
-def constant(llvm_type: ir.Type, value: float) -> ir.Constant:
-    """The vector with `value` in every lane."""
-    return ir.Constant(llvm_type, [value] * LANES)
+    def __init__(self, dmm: Any, fe_type: Floats) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(F32, fe_type.lanes))
 
 
-def splat_value(builder: ir.IRBuilder, value: ir.Value, llvm_type: ir.Type) -> ir.Value:
-    """The vector with the scalar `value` in every lane."""
-    zero = ir.Constant(ir.IntType(32), 0)
-    one_lane = builder.insert_element(ir.Constant(llvm_type, ir.Undefined), value, zero)
-    return builder.shuffle_vector(
-        one_lane, ir.Constant(llvm_type, ir.Undefined), constant(I32, 0)
-    )
+# --- Emitting instructions
 
 
-def vector_pointer(
-    context: Any, builder: ir.IRBuilder, array_type: types.Array, array: Any, offset: Any, lanes: Any
+def i64(value: int) -> ir.Constant:
+    """A 64-bit constant."""
+    return ir.Constant(I64, value)
+
+
+def literals(element: ir.Type, values: list) -> ir.Constant:
+    """The vector of these numbers."""
+    return ir.Constant(ir.VectorType(element, len(values)), values)
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """A scalar in every lane; a vector as it is."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    empty = ir.Constant(ir.VectorType(value.type, 1), ir.Undefined)
+    single = builder.insert_element(empty, value, ir.Constant(I32, 0))
+    return repeat(builder, single, lanes)
+
+
+def repeat(builder: ir.IRBuilder, vector: ir.Value, lanes: int) -> ir.Value:
+    """Each element of a short vector as often as it takes to fill all lanes."""
+    each = lanes // vector.type.count
+    order = literals(I32, [number // each for number in range(lanes)])
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+
+def concatenate(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """One vector of several, whose number is a power of two."""
+    while len(vectors) > 1:
+        order = literals(I32, list(range(2 * vectors[0].type.count)))
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.shuffle_vector(low, high, order) for low, high in pairs]
+    return vectors[0]
+
+
+def pointer(
+    builder: ir.IRBuilder, address: ir.Value, index: ir.Value, kind: ir.Type, element_bytes: int
 ) -> ir.Value:
-    """Pointer to the eight elements of a flat array that start at element `offset`."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [offset]), lanes.as_pointer())
+    """Where a `kind` lies that starts `index` elements behind an address."""
+    at = builder.add(address, builder.mul(index, i64(element_bytes)))
+    return builder.inttoptr(at, kind.as_pointer())
 
 
-def fused_multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c in one rounding."""
-    signature = ir.FunctionType(F32, [F32, F32, F32])
-    name = f"llvm.fma.v{LANES}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), (a, b, c))
+def load(
+    builder: ir.IRBuilder, address: ir.Value, index: ir.Value, kind: ir.Type, element_bytes: int
+) -> ir.Value:
+    """What lies there; no more aligned than an element."""
+    place = pointer(builder, address, index, kind, element_bytes)
+    return builder.load(place, align=element_bytes)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> None:
+    """Ask for the cache line of a 4-byte element, which may lie outside any memory."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, second_level, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+    builder.call(function, [pointer(builder, address, index, I8, 4), read, second_level, data])
+
+
+def fused_multiply_add(builder: ir.IRBuilder, *operands: ir.Value) -> ir.Value:
+    """a * b + c in one rounding, of vectors."""
+    kind = operands[0].type
+    name = f"llvm.fma.v{kind.count}f32"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(fma, operands)
+
+
+def through_half(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
+    """Each lane rounded to the nearest fp16 (half to even), as float32 again."""
+    rounded = builder.fptrunc(floats, ir.VectorType(F16, floats.type.count))
+    return builder.fpext(rounded, floats.type)
+
+
+def halves(
+    builder: ir.IRBuilder, address: ir.Value, index: ir.Value, count: int, lanes: int
+) -> ir.Value:
+    """`count` consecutive fp16 numbers as float32, each as often as it takes to fill all lanes."""
+    stored = load(builder, address, index, ir.VectorType(F16, count), 2)
+    return repeat(builder, builder.fpext(stored, ir.VectorType(F32, count)), lanes)
+
+
+def spread(builder: ir.IRBuilder, address: ir.Value, bits: int, lanes: int) -> ir.Value:
+    """Packed codes of 2 to 4 bits from an address on, one a lane (of 16 or more), as float32."""
+    octets = [octet(builder, address, number, bits, lanes) for number in range(lanes // OCTET)]
+    return builder.sitofp(concatenate(builder, octets), ir.VectorType(F32, lanes))
+
+
+def octet(builder: ir.IRBuilder, address: ir.Value, number: int, bits: int, lanes: int) -> ir.Value:
+    """Codes 8 * number and on: from one word that does not reach past the last lane's code."""
+    byte = min(number * bits, lanes * bits // 8 - 4)
+    skipped_bits = 8 * (number * bits - byte)
+    word = load(builder, builder.add(address, i64(byte)), i64(0), I32, 1)
+    shifts = literals(I32, [skipped_bits + bits * code for code in range(OCTET)])
+    fields = builder.lshr(broadcast(builder, word, OCTET), shifts)
+    return builder.and_(fields, literals(I32, [(1 << bits) - 1] * OCTET))
+
+
+# --- Memory
+
+
+def scalar_loader(
+    kind: ir.Type, element_bytes: int, result: types.Type, convert: Callable | None = None
+) -> Callable:
+    """An intrinsic (address, index) -> the number there."""
+
+    def emit(typingctx, address, index):
+        def codegen(context, builder, signature, arguments):
+            address, index = arguments
+            value = load(builder, address, index, kind, element_bytes)
+            return convert(builder, value) if convert else value
+
+        return result(types.intp, types.intp), codegen
+
+    return intrinsic(emit)
+
+
+float_at = scalar_loader(F32, FLOAT_BYTES, types.float32)
+half_at = scalar_loader(F16, 2, types.float32, lambda builder, value: builder.fpext(value, F32))
+int32_at = scalar_loader(I32, 4, types.intp, lambda builder, value: builder.sext(value, I64))
+uint16_at = scalar_loader(I16, 2, types.intp, lambda builder, value: builder.zext(value, I64))
+word_at = scalar_loader(I32, 4, types.uint64, lambda builder, value: builder.zext(value, I64))
+
+
+@shaped
+def load_floats(typingctx, address, index, lanes):
+    """`lanes` consecutive float32."""
+    kind = Floats(lanes.literal_value)
+
+    def codegen(context, builder, signature, arguments):
+        address, index, _ = arguments
+        return load(builder, address, index, ir.VectorType(F32, kind.lanes), FLOAT_BYTES)
+
+    return kind(types.intp, types.intp, lanes), codegen
+
+
+def write(context, builder, signature, arguments):
+    """Write a float32, or a vector of them."""
+    address, index, value = arguments
+    place = pointer(builder, address, index, value.type, FLOAT_BYTES)
+    builder.store(value, place, align=FLOAT_BYTES)
+    return context.get_dummy_value()
 
 
 @intrinsic
-def load_floats(typingctx, array, offset):
-    """array[offset : offset + 8] of a flat float32 array."""
-
-    def codegen(context, builder, signature, arguments):
-        pointer = vector_pointer(context, builder, signature.args[0], *arguments, F32)
-        return builder.load(pointer, align=4)
-
-    return f32x8(array, types.intp), codegen
+def store_float(typingctx, address, index, value):
+    """Write one float32."""
+    return types.none(types.intp, types.intp, types.float32), write
 
 
 @intrinsic
-def load_halves(typingctx, array, offset):
-    """array[offset : offset + 8] of a flat uint16 array of fp16 bits, as float32."""
+def store_floats(typingctx, address, index, vector):
+    """Write a vector to consecutive float32."""
+    return types.none(types.intp, types.intp, vector), write
+
+
+@shaped
+def stack_floats(typingctx, count):
+    """The address of `count` float32 that last until the calling function returns."""
 
     def codegen(context, builder, signature, arguments):
-        pointer = vector_pointer(context, builder, signature.args[0], *arguments, F16)
-        return builder.fpext(builder.load(pointer, align=2), F32)
+        room = cgutils.alloca_once(builder, ir.ArrayType(F32, count.literal_value))
+        room.align = LINE_BYTES
+        return builder.ptrtoint(room, I64)
 
-    return f32x8(array, types.intp), codegen
+    return types.intp(count), codegen
 
 
 @intrinsic
-def load_window(typingctx, words, byte):
-    """The 32 bits from byte `byte` of a flat uint32 array on; past its end, undefined bits."""
+def heap_floats(typingctx, count):
+    """The address of `count` float32 that last until they are given to `free`."""
 
     def codegen(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        last = builder.sub(builder.mul(array.nitems, ir.Constant(ir.IntType(64), 4)), FOUR)
-        inside = builder.icmp_signed("<", arguments[1], last)
-        start = builder.select(inside, arguments[1], last)
-        data = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        pointer = builder.bitcast(builder.gep(data, [start]), ir.IntType(32).as_pointer())
-        skipped = builder.trunc(builder.sub(arguments[1], start), ir.IntType(32))
-        bits = builder.mul(skipped, ir.Constant(ir.IntType(32), 8))
-        return builder.lshr(builder.load(pointer, align=1), bits)
+        size = builder.mul(arguments[0], i64(FLOAT_BYTES))
+        return builder.ptrtoint(context.nrt.allocate(builder, size), I64)
 
-    return types.uint32(words, types.intp), codegen
+    return types.intp(types.intp), codegen
 
 
 @intrinsic
-def store_floats(typingctx, array, offset, vector):
-    """array[offset : offset + 8] = vector."""
+def free(typingctx, address):
+    """Give back what `heap_floats` gave."""
 
     def codegen(context, builder, signature, arguments):
-        target, start, value = arguments
-        pointer = vector_pointer(context, builder, signature.args[0], target, start, F32)
-        builder.store(value, pointer, align=4)
+        context.nrt.free(builder, builder.inttoptr(arguments[0], I8.as_pointer()))
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, f32x8), codegen
+    return types.none(types.intp), codegen
 
 
-@intrinsic
-def splat(typingctx, value):
-    """A float32 in every lane."""
-
-    def codegen(context, builder, signature, arguments):
-        return splat_value(builder, arguments[0], F32)
-
-    return f32x8(types.float32), codegen
+# --- Arithmetic
 
 
-@intrinsic
-def round_to_half(typingctx, floats):
-    """Each lane rounded to the nearest fp16 (half to even), as float32 again."""
+def elementwise(operation: Callable[..., ir.Value], *operands: types.Type) -> Any:
+    """Typing and code of an operation on vectors, and scalars broadcast; None without a vector."""
+    kind = next((operand for operand in operands if isinstance(operand, Floats)), None)
+    if kind is None:
+        return None
 
     def codegen(context, builder, signature, arguments):
-        return builder.fpext(builder.fptrunc(arguments[0], F16), F32)
+        return operation(builder, *(broadcast(builder, value, kind.lanes) for value in arguments))
 
-    return f32x8(f32x8), codegen
+    return kind(*operands), codegen
 
 
 @intrinsic
 def multiply_add(typingctx, a, b, c):
     """a * b + c in one rounding."""
+    return elementwise(fused_multiply_add, a, b, c)
+
+
+@intrinsic
+def multiply(typingctx, a, b):
+    """a * b."""
+    return elementwise(ir.IRBuilder.fmul, a, b)
+
+
+@intrinsic
+def subtract(typingctx, a, b):
+    """a - b."""
+    return elementwise(ir.IRBuilder.fsub, a, b)
+
+
+@intrinsic
+def add(typingctx, a, b):
+    """a + b."""
+    return elementwise(ir.IRBuilder.fadd, a, b)
+
+
+@shaped
+def zeros(typingctx, lanes):
+    """0 in every lane."""
+    kind = Floats(lanes.literal_value)
 
     def codegen(context, builder, signature, arguments):
-        return fused_multiply_add(builder, *arguments)
+        return literals(F32, [0.0] * kind.lanes)
 
-    return f32x8(f32x8, f32x8, f32x8), codegen
-
-
-def arithmetic(python_operator: Callable, method: str) -> None:
-    """Give F32x8 one arithmetic operator."""
-
-    def emit(typingctx, a, b):
-        def codegen(context, builder, signature, arguments):
-            return getattr(builder, method)(*arguments)
-
-        return f32x8(f32x8, f32x8), codegen
-
-    emitted = intrinsic(emit)
-
-    @overload(python_operator)
-    def operate(a, b):
-        if a == f32x8 and b == f32x8:
-            return lambda a, b: emitted(a, b)
-        return None
+    return kind(lanes), codegen
 
 
-arithmetic(operator.add, "fadd")
-arithmetic(operator.sub, "fsub")
-arithmetic(operator.mul, "fmul")
+@intrinsic
+def lane(typingctx, vector, number):
+    """The number in one lane."""
 
+    def codegen(context, builder, signature, arguments):
+        vector, number = arguments
+        return builder.extract_element(vector, number)
 
-@cache
-def spread_codes(bits: int) -> Callable:
-    """An intrinsic (uint32 window) -> F32x8: lane r is the code at bit r * bits of the window."""
-
-    def emit(typingctx, window):
-        def codegen(context, builder, signature, arguments):
-            shifts = ir.Constant(I32, [lane * bits for lane in range(LANES)])
-            shifted = builder.lshr(splat_value(builder, arguments[0], I32), shifts)
-            return builder.sitofp(builder.and_(shifted, constant(I32, (1 << bits) - 1)), F32)
-
-        return f32x8(types.uint32), codegen
-
-    return intrinsic(emit)
-
-
-@cache
-def chunk_codes(bits: int) -> Callable:
-    """An intrinsic (words, offset, stride, out): the 32 codes of a chunk of eight rows, as floats.
-
-    words (flat uint32) holds the chunk's word b of row r at offset + b * stride + r; out (flat
-    float32, 256 long) takes code k of row r at 8 * k + r.
-    """
-
-    def emit(typingctx, words, offset, stride, out):
-        def codegen(context, builder, signature, arguments):
-            rows = chunk_words(context, builder, signature.args[0], arguments[:3], bits)
-            for k in range(CODES_PER_CHUNK):
-                start = ir.Constant(ir.IntType(64), LANES * k)
-                pointer = vector_pointer(
-                    context, builder, signature.args[3], arguments[3], start, F32
-                )
-                builder.store(code(builder, rows, k, bits), pointer, align=4)
-            return context.get_dummy_value()
-
-        return types.none(words, types.intp, types.intp, out), codegen
-
-    return intrinsic(emit)
-
-
-@cache
-def chunk_dot(bits: int, pieces: int) -> Callable:
-    """An intrinsic (words, offset, stride, x, x_offset) -> `pieces` F32x8 partial sums.
-
-    words as in `chunk_codes`; x is flat float32. Sum p of row r is sum_k code_k * x[x_offset + k]
-    over the p-th of `pieces` equal parts of the chunk's 32 columns.
-    """
-
-    def emit(typingctx, words, offset, stride, x, x_offset):
-        def codegen(context, builder, signature, arguments):
-            rows = chunk_words(context, builder, signature.args[0], arguments[:3], bits)
-            array, start = arguments[3:]
-            data = context.make_array(signature.args[3])(context, builder, array).data
-            inputs = builder.gep(data, [start])
-            length = CODES_PER_CHUNK // pieces
-            sums = [
-                piece_dot(builder, rows, inputs, range(p * length, (p + 1) * length), bits)
-                for p in range(pieces)
-            ]
-            return context.make_tuple(builder, signature.return_type, sums)
-
-        result = types.UniTuple(f32x8, pieces)
-        return result(words, types.intp, types.intp, x, types.intp), codegen
-
-    return intrinsic(emit)
-
-
-def chunk_words(context, builder, array_type, arguments, bits: int) -> list[ir.Value]:
-    """The `bits` words of a chunk, each a vector over eight rows."""
-    array, offset, stride = arguments
-    words = []
-    for b in range(bits):
-        start = builder.add(offset, builder.mul(stride, ir.Constant(stride.type, b)))
-        pointer = vector_pointer(context, builder, array_type, array, start, I32)
-        words.append(builder.load(pointer, align=4))
-    return words
-
-
-def code(builder: ir.IRBuilder, words: list[ir.Value], k: int, bits: int) -> ir.Value:
-    """Code k of a chunk, eight rows of it, as floats."""
-    word, shift = divmod(k * bits, WORD_BITS)
-    field = builder.lshr(words[word], constant(I32, shift))
-    if shift + bits > WORD_BITS:
-        top = builder.shl(words[word + 1], constant(I32, WORD_BITS - shift))
-        field = builder.or_(field, top)
-    # signed: without AVX-512 there is no conversion from unsigned
-    return builder.sitofp(builder.and_(field, constant(I32, (1 << bits) - 1)), F32)
-
-
-def piece_dot(builder, words: list[ir.Value], inputs: ir.Value, ks: range, bits: int) -> ir.Value:
-    """sum over ks of code_k * inputs[k], in two chains so that one need not wait for the other."""
-    sums = [constant(F32, 0.0), constant(F32, 0.0)]
-    for k in ks:
-        element = builder.load(builder.gep(inputs, [ir.Constant(ir.IntType(64), k)]))
-        x = splat_value(builder, element, F32)
-        sums[k % 2] = fused_multiply_add(builder, code(builder, words, k, bits), x, sums[k % 2])
-    return builder.fadd(*sums)
+    return types.float32(vector, types.intp), codegen
