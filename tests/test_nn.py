@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import FormatError, InputError
 from spqr_numba.nn import SpqrLinear
 
-from .problems import make_matrix, make_spec
+from .problems import make_spec
 
 
 def make_layer(bias: bool = True, **settings: int) -> SpqrLinear:
-    matrix = make_matrix(make_spec(48, 40, **settings))
+    matrix = random_matrix(make_spec(48, 40, **settings))
     return SpqrLinear(matrix, torch.linspace(-1, 1, 48) if bias else None)
 
 
@@ -90,7 +91,7 @@ def test_a_damaged_buffer_is_noticed() -> None:
 
 def test_a_bias_of_another_length_is_refused() -> None:
     with pytest.raises(InputError, match=r"bias is \[7\]; it must be \[48\]"):
-        SpqrLinear(make_matrix(make_spec(48, 40)), torch.zeros(7))
+        SpqrLinear(random_matrix(make_spec(48, 40)), torch.zeros(7))
 
 
 def test_repr_says_what_it_is() -> None:

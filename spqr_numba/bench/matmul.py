@@ -1,8 +1,9 @@
 """The matrix product, timed beside torch's dense one.
 
-Weights take turns, so many that none is left in a cache when its turn comes again: that is how a
-model meets its layers. The candidates take turns too, so that what else the machine does hits all
-alike. Every product is checked against float64 before it is timed.
+A candidate goes through its weights one after another, so many that none is left in a cache when
+its turn comes again: that is how a model meets its layers. The candidates take turns, a round each,
+so that what else the machine does hits all alike. Every product is checked against float64 before
+it is timed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .random_matrix import random_matrix
 
 __all__ = ["measure"]
 
-COLD_BYTES = 96 * 2**20  # of all weights that take turns: three times a large L3
-REPEATS = 40
+COLD_BYTES = 96 * 2**20  # of a candidate's weights: three times a large L3
+ROUNDS = 8
 TOLERANCE = 1e-5
 READ_BYTES = 256 * 2**20
 
@@ -46,7 +47,8 @@ def measure(
     """Rows of a table, one a shape (out_features, in_features) and batch.
 
     Microseconds are medians, "spread" the distance of the quartiles; GB/s count the bytes of the
-    compressed weight. Raises InputError for another device or a shape that is no pair.
+    compressed weight, "share" is theirs of the bandwidth. Raises InputError for another device or
+    a shape that is no pair.
     """
     if torch.device(device).type != "cpu":
         raise InputError(f"the product has no kernel for {device} yet; use --device cpu")
@@ -58,15 +60,19 @@ def measure(
         if isinstance(shape, str):
             raise InputError(f"{shape!r} is no shape of a weight; give ROWSxCOLUMNS")
         spec = MatrixSpec.from_config(SpqrConfig(bits=bits), *shape)
-        matrices = cold([random_matrix(spec, outliers)])
+        matrices = cold(random_matrix(spec, round(outliers * spec.in_features) or None))
         rows += [measure_shape(matrices, batch, bandwidth) for batch in batches]
     return rows
 
 
-def cold(matrices: list[SpqrMatrix]) -> list[SpqrMatrix]:
-    """Copies of one matrix, at least three, that no cache holds together."""
-    count = max(3, -(-COLD_BYTES // matrices[0].nbytes))
-    return [copy_of(matrices[0]) for _ in range(count)]
+def cold(matrix: SpqrMatrix) -> list[SpqrMatrix]:
+    """Copies of a matrix, at least three, that no cache holds together."""
+    return [copy_of(matrix) for _ in range(copies(matrix.nbytes))]
+
+
+def copies(weight_bytes: int) -> int:
+    """How many copies of a weight it takes."""
+    return max(3, -(-COLD_BYTES // weight_bytes))
 
 
 def copy_of(matrix: SpqrMatrix) -> SpqrMatrix:
@@ -75,12 +81,12 @@ def copy_of(matrix: SpqrMatrix) -> SpqrMatrix:
 
 
 def measure_shape(matrices: list[SpqrMatrix], batch: int, bandwidth: float) -> Row:
-    """One row: SpQR, torch fp32 and torch bf16 in turns."""
+    """One row: SpQR, torch fp32 and torch bf16."""
     weight = dequantize(matrices[0])
     x = torch.randn(batch, weight.shape[1])
     check(matmul(x, matrices[0]), x, weight)
-    dense = [weight.clone() for _ in range(3)]
-    halves = [weight.bfloat16() for _ in range(4)]
+    dense = [weight.clone() for _ in range(copies(weight.nbytes))]
+    halves = [weight.bfloat16() for _ in range(copies(weight.nbytes // 2))]
     x_half = x.bfloat16()
     times = in_turns(
         {
@@ -104,6 +110,7 @@ def measure_shape(matrices: list[SpqrMatrix], batch: int, bandwidth: float) -> R
         "bf16 / spqr": round(bf16 / ours, 2),
         "GB/s": round(gigabytes, 3),
         "read GB/s": round(bandwidth, 1),
+        "share": round(gigabytes / bandwidth, 2),
     }
 
 
@@ -115,23 +122,24 @@ def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def in_turns(candidates: dict[str, list[Product]]) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls; each has several products, on other weights."""
+    """Seconds of each candidate's calls, in rounds over its products; a first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(REPEATS):
+    for turn in range(ROUNDS + 1):
         for name, products in candidates.items():
-            product = products[turn % len(products)]
-            started = time.perf_counter()
-            product()
-            times[name].append(time.perf_counter() - started)
-    return {name: seconds[len(seconds) // 10 :] for name, seconds in times.items()}
+            seconds = [seconds_of(product) for product in products]
+            if turn:
+                times[name] += seconds
+    return times
+
+
+def seconds_of(product: Product) -> float:
+    """How long one call takes."""
+    started = time.perf_counter()
+    product()
+    return time.perf_counter() - started
 
 
 def read_bandwidth() -> float:
     """GB/s at which torch's threads read memory: the best of five sums over 256 MB."""
     values = torch.ones(READ_BYTES // 4)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - started)
-    return READ_BYTES / best / 1e9
+    return READ_BYTES / min(seconds_of(values.sum) for _ in range(5)) / 1e9

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import FormatError
 from spqr_numba.format.layout import MatrixSpec, index_dtype
 from spqr_numba.format.matrix import BUFFER_NAMES, SpqrMatrix
 
-from ..problems import make_matrix, make_spec
+from ..problems import make_spec
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,7 +95,7 @@ def test_wide_weights_have_wide_indices() -> None:
 def test_sizes() -> None:
     # codes 2 * 3 * 4, statistics codes 2 * (1 * 3 * 3) words; second level 4 * 3 * 1 halves;
     # offsets 5 words, outliers 8 * (2 + 2) bytes; permutation 40 halves
-    matrix = make_matrix(make_spec(4, 40), outliers=2)
+    matrix = random_matrix(make_spec(4, 40), outliers=2)
     assert matrix.nbytes == 4 * (24 + 18) + 2 * 12 + 4 * 5 + 8 * 4 + 2 * 40
     assert matrix.bits_per_weight == 8 * matrix.nbytes / 160
     assert matrix.outliers == 8
@@ -102,8 +103,8 @@ def test_sizes() -> None:
 
 
 def test_no_outliers_and_none_found_differ() -> None:
-    off = make_matrix(make_spec(4, 40), outliers=None)
-    none_found = make_matrix(make_spec(4, 40), outliers=0)
+    off = random_matrix(make_spec(4, 40), outliers=None)
+    none_found = random_matrix(make_spec(4, 40), outliers=0)
     assert off.outliers is None
     assert none_found.outliers == 0
     assert off.outlier_share == none_found.outlier_share == 0
@@ -111,7 +112,7 @@ def test_no_outliers_and_none_found_differ() -> None:
 
 
 def test_moving_keeps_the_buffers(device: torch.device) -> None:
-    matrix = make_matrix(make_spec(4, 40))
+    matrix = random_matrix(make_spec(4, 40))
     moved = matrix.to(device)
     assert moved.device.type == device.type
     for name, tensor in matrix.tensors.items():
@@ -148,7 +149,7 @@ def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
     ids=range(15),
 )
 def test_wrong_buffers(damage: Callable[[Tensors], None], message: str) -> None:
-    tensors = dict(make_matrix(make_spec(4, 40)).tensors)
+    tensors = dict(random_matrix(make_spec(4, 40)).tensors)
     damage(tensors)
     with pytest.raises(FormatError) as caught:
         SpqrMatrix(make_spec(4, 40), tensors)
@@ -182,7 +183,7 @@ def set_item(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]
     ids=range(11),
 )
 def test_damaged_contents(damage: Callable[[Tensors], None], message: str) -> None:
-    tensors = dict(make_matrix(make_spec(4, 40)).tensors)
+    tensors = dict(random_matrix(make_spec(4, 40)).tensors)
     SpqrMatrix(make_spec(4, 40), tensors).check_values()
     damage(tensors)
     with pytest.raises(FormatError) as caught:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize, dequantize_reference
 
 from .. import oracle
-from ..problems import make_matrix, make_spec
+from ..problems import make_spec
 
 # Few combinations of bits: each is compiled anew.
 TWO_BITS = {"bits": 2, "scale_bits": 2, "zero_bits": 4}
@@ -35,7 +36,7 @@ CASES = {
 
 def build(name: str) -> SpqrMatrix:
     rows, columns, settings, outliers, permuted = CASES[name]
-    return make_matrix(make_spec(rows, columns, **settings), outliers, permuted=permuted)
+    return random_matrix(make_spec(rows, columns, **settings), outliers, permuted=permuted)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,7 +87,7 @@ def test_by_hand(device: torch.device) -> None:
 @pytest.mark.parametrize("smallest", [2**-24, 3 * 2**-24], ids=["smallest half", "three of them"])
 def test_denormal_statistics(smallest: float, device: torch.device) -> None:
     """Halves below the normal range are numbers too: nothing may flush them to 0."""
-    matrix = make_matrix(make_spec(17, 32, **FOUR_BITS), None)
+    matrix = random_matrix(make_spec(17, 32, **FOUR_BITS), None)
     matrix["scales"].fill_(smallest)
     weight = dequantize(matrix.to(device)).cpu().numpy()
     assert np.array_equal(weight, oracle.decode(matrix).weight)
@@ -94,6 +95,6 @@ def test_denormal_statistics(smallest: float, device: torch.device) -> None:
 
 
 def test_a_scale_of_zero_decodes_to_zero(device: torch.device) -> None:
-    matrix = make_matrix(make_spec(17, 32, **FOUR_BITS), None)
+    matrix = random_matrix(make_spec(17, 32, **FOUR_BITS), None)
     matrix["scales"].zero_()
     assert not dequantize(matrix.to(device)).any()

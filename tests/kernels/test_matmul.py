@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import InputError
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.matmul import matmul
 
 from .. import oracle
-from ..problems import make_matrix, make_spec
+from ..problems import make_spec
 from .test_dequantize import CASES, build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -164,7 +165,7 @@ def test_wrong_bias() -> None:
 
 def test_long_rows(device: torch.device) -> None:
     """A reduction of 2 ** 13, where sloppy sums begin to show."""
-    matrix = make_matrix(make_spec(8, 8192), 40)
+    matrix = random_matrix(make_spec(8, 8192), 40)
     for batch in (1, 20):
         x = make_x(batch, 8192)
         assert_right(run(x, matrix, device), x, matrix)

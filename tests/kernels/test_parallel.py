@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels import parallel
 from spqr_numba.kernels.dequantize import BLOCK_ROWS, dequantize, dequantize_reference
 from spqr_numba.kernels.matmul import GEMM_FROM, INPUTS, TILE_FLOATS, matmul
 
-from ..problems import make_matrix, make_spec
+from ..problems import make_spec
 from .test_dequantize import build
 from .test_matmul import assert_right, make_x
 
@@ -52,7 +53,7 @@ def test_blocks_of_inputs(batch: int) -> None:
 @pytest.mark.parametrize("rows", [TILE_FLOATS + 40, 2 * BLOCK_ROWS])
 def test_many_rows(rows: int) -> None:
     """More than a tile of them, more than a block."""
-    matrix = make_matrix(make_spec(rows, 40))
+    matrix = random_matrix(make_spec(rows, 40))
     weight = dequantize_reference(matrix)
     assert np.array_equal(dequantize(matrix).numpy(), weight)
     for batch in (1, 2):

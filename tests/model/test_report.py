@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.config import SpqrConfig
 from spqr_numba.format.layout import MatrixSpec
 from spqr_numba.model.report import (
@@ -15,8 +16,6 @@ from spqr_numba.model.report import (
     read_rows,
     rows_to_csv,
 )
-
-from ..problems import make_matrix
 
 
 def row(layer: str = "a.b", rows: int = 4, bits: float = 3.0, rounded: bool = False) -> LayerRow:
@@ -60,7 +59,7 @@ def test_a_phase_inside_another_is_not_counted_twice() -> None:
 def test_the_formula_is_what_the_buffers_take(config: SpqrConfig) -> None:
     spec = MatrixSpec.from_config(config, 256, 512)
     outliers = None if config.outlier_threshold is None else 3
-    matrix = make_matrix(spec, outliers, permuted=config.permutation != "identity")
+    matrix = random_matrix(spec, outliers, permuted=config.permutation != "identity")
     by_formula = formula_bits(config, spec, matrix.outlier_share)
     assert by_formula == pytest.approx(matrix.bits_per_weight, rel=1e-9)
     simple = config.formula_bits(matrix.outlier_share)
