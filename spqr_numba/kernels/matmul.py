@@ -12,11 +12,11 @@ Scale and zero are applied to the sums of a group and not to its weights: exact,
 of the work. Source of the idea: section 4.3 of arXiv 2306.03078 (dense part and CSR part at once).
 
 On a CPU each thread has a run of rows and takes the inputs in blocks of one or four. It stages a
-block: x', inputs fastest and padded with zeros, and X. Then it takes a tile of its rows, so that
-their sums stay in the nearest cache, walks the chunks of 32 columns, and in a chunk takes 16 or 32
-rows at a time, one a lane: the reduction over columns never leaves a lane. A code costs a shift, a
-mask and a conversion, and a multiply-add for each input; without AVX-512 that, and not memory, sets
-the pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
+block: x' and X, inputs fastest. Then it takes a tile of its rows, so that their sums stay in the
+nearest cache, walks the chunks of 32 columns, and in a chunk takes 16 or 32 rows at a time, one a
+lane: the reduction over columns never leaves a lane. A code costs a mask, a conversion, now and
+then a shift, and a multiply-add for each input; without AVX-512 that, and not memory, sets the
+pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ from .unpack import (
     decoded_rows,
     groups_of,
     index_at,
+    input_unit,
     packed_matrix,
     statistic_at,
     weight_code,
@@ -85,7 +86,7 @@ def multiply_rows(task, tasks, matrix, x, y, batch):
     runs = (matrix.rows + matrix.lanes - 1) // matrix.lanes
     first = runs * task // tasks * matrix.lanes
     last = min(runs * (task + 1) // tasks * matrix.lanes, matrix.rows)
-    staged = heap_floats(matrix.inputs * matrix.chunks * (CODES_PER_CHUNK + matrix.pieces))
+    staged = heap_floats(3 * matrix.chunks * CODES_PER_CHUNK * matrix.inputs)
     for start in range(0, batch, matrix.inputs):
         inputs = x + FLOAT_BYTES * start * matrix.columns
         out = y + FLOAT_BYTES * start * matrix.rows
@@ -99,18 +100,26 @@ def multiply_rows(task, tasks, matrix, x, y, batch):
 
 
 @njit
+def part(matrix, staged, number):
+    """Where a part of a staged block begins: 0 is x', 1 is x' in units of the codes, 2 is X."""
+    return staged + FLOAT_BYTES * number * matrix.chunks * CODES_PER_CHUNK * matrix.inputs
+
+
+@njit
 def stage_inputs(matrix, x, count, staged):
-    """x fp32 [count, columns] -> x' fp32 [chunks * 32, inputs], X fp32 [chunks * pieces, inputs]:
-    permuted, inputs fastest, 0 for what there is not."""
-    columns = matrix.chunks * CODES_PER_CHUNK
-    for j in range(columns):
+    """x fp32 [count, columns] -> x' fp32 [chunks * 32, inputs], the same in units of the codes, and
+    X fp32 [chunks * pieces, inputs]: permuted, inputs fastest, 0 for what there is not."""
+    scaled = part(matrix, staged, 1)
+    for j in range(matrix.chunks * CODES_PER_CHUNK):
         inside = j < matrix.columns
         column = index_at(matrix, matrix.permutation, j) if inside and matrix.permutation else j
+        unit = input_unit(matrix.bits, j % CODES_PER_CHUNK)
         for i in range(matrix.inputs):
             known = inside and i < count
             value = float_at(x, i * matrix.columns + column) if known else np.float32(0)
             store_float(staged, j * matrix.inputs + i, value)
-    sum_pieces(matrix, staged, staged + FLOAT_BYTES * columns * matrix.inputs)
+            store_float(scaled, j * matrix.inputs + i, value * unit)
+    sum_pieces(matrix, staged, part(matrix, staged, 2))
 
 
 @njit
@@ -156,11 +165,10 @@ def multiply_tile(matrix, first, last, x, sums):
 @njit
 def dense_rows(matrix, first, last, x, sums):
     """sums += the dense part of whole vectors of rows."""
-    totals = x + FLOAT_BYTES * matrix.inputs * matrix.chunks * CODES_PER_CHUNK
     for chunk in range(matrix.chunks):
         words = matrix.codes + WORD_BYTES * chunk * matrix.bits * matrix.rows
-        inputs = x + FLOAT_BYTES * matrix.inputs * chunk * CODES_PER_CHUNK
-        input_sums = totals + FLOAT_BYTES * matrix.inputs * chunk * matrix.pieces
+        inputs = part(matrix, x, 1) + FLOAT_BYTES * matrix.inputs * chunk * CODES_PER_CHUNK
+        input_sums = part(matrix, x, 2) + FLOAT_BYTES * matrix.inputs * chunk * matrix.pieces
         groups = groups_of(matrix, chunk)
         for row in range(first, last, matrix.lanes):
             add_chunk(

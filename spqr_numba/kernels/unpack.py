@@ -59,6 +59,7 @@ __all__ = [
     "decoded_rows",
     "groups_of",
     "index_at",
+    "input_unit",
     "packed_matrix",
     "statistic_at",
     "statistics_at",
@@ -67,6 +68,7 @@ __all__ = [
 
 WORD_BITS, WORD_BYTES = 32, 4
 LINE_WORDS = 16  # of a cache line
+MOST_EXPONENT = 6
 
 _PACKED: WeakKeyDictionary[SpqrMatrix, dict[tuple[int, int, int], Packed]] = WeakKeyDictionary()
 
@@ -131,6 +133,30 @@ def pieces_of(spec: MatrixSpec) -> int:
     """In how many equal pieces a chunk falls so that none lies in two groups."""
     columns = gcd(spec.group_size, CODES_PER_CHUNK) if spec.groups > 1 else CODES_PER_CHUNK
     return CODES_PER_CHUNK // columns
+
+
+def unit_exponent(k: int, bits: int) -> int:
+    """The power of two in whose units `ChunkWords.code` gives code k.
+
+    A code that is masked where it stands needs no shift of its own. The inputs are multiplied by
+    2^-exponent instead: exactly, but for numbers near 2^-120.
+    """
+    bit = k * bits % WORD_BITS
+    if bit + bits >= WORD_BITS:  # in two words, or where the sign would be
+        return 0
+    return bit % (bits * (MOST_EXPONENT // bits + 1))
+
+
+INPUT_UNITS = np.array(
+    [[2.0 ** -unit_exponent(k, bits) for k in range(CODES_PER_CHUNK)] for bits in range(1, 9)],
+    np.float32,
+)
+
+
+@njit
+def input_unit(bits, k):
+    """What the input of code k of a chunk is multiplied by."""
+    return INPUT_UNITS[bits - 1, k]
 
 
 # --- One number
@@ -246,19 +272,21 @@ class ChunkWords:
     def __init__(self, matrix: Fields, address: ir.Value) -> None:
         self.builder, self.bits, self.lanes = matrix.builder, matrix.bits, matrix.lanes
         self._address, self._stride = address, matrix.rows
-        self._loaded: dict[int, ir.Value] = {}
+        self._words: dict[int, ir.Value] = {}
+        self._shifted: dict[tuple[int, int], ir.Value] = {}
 
     def code(self, k: int) -> ir.Value:
-        """Code k of each row, as float32."""
-        number, shift = divmod(k * self.bits, WORD_BITS)
-        field = self.builder.lshr(self.word(number), self._splat(shift))
-        if shift + self.bits > WORD_BITS:
-            top = self.builder.shl(self.word(number + 1), self._splat(WORD_BITS - shift))
+        """Code k of each row as float32, times 2^unit_exponent(k, bits)."""
+        number, bit = divmod(k * self.bits, WORD_BITS)
+        exponent = unit_exponent(k, self.bits)
+        field = self.shifted(number, bit - exponent)
+        if bit + self.bits > WORD_BITS:
+            top = self.builder.shl(self.word(number + 1), self._splat(WORD_BITS - bit))
             field = self.builder.or_(field, top)
-        return self.masked(field)
+        return self.masked(field, exponent)
 
     def code_at(self, k: ir.Value) -> ir.Value:
-        """The same for a k that is known at run time: of two words, whether needed or not."""
+        """Code k of each row as float32, k known at run time: of two words, needed or not."""
         builder = self.builder
         bit = builder.mul(k, i64(self.bits))
         number, shift = builder.udiv(bit, i64(WORD_BITS)), builder.urem(bit, i64(WORD_BITS))
@@ -272,19 +300,26 @@ class ChunkWords:
         high = builder.shl(self._load(next_number), broadcast(builder, rest, self.lanes))
         return self.masked(builder.or_(low, builder.shl(high, self._splat(1))))
 
+    def shifted(self, number: int, bits: int) -> ir.Value:
+        """Word `number` of each row, shifted down."""
+        if (number, bits) not in self._shifted:
+            word = self.builder.lshr(self.word(number), self._splat(bits))
+            self._shifted[number, bits] = word
+        return self._shifted[number, bits]
+
     def word(self, number: int) -> ir.Value:
         """Word `number` of each row. The same word of the next chunk is asked for: a tile is too
         narrow for the hardware to foresee where the next chunk begins."""
-        if number not in self._loaded:
-            self._loaded[number] = self._load(i64(number))
+        if number not in self._words:
+            self._words[number] = self._load(i64(number))
             ahead = self.builder.mul(self._stride, i64(number + self.bits))
             for row in range(0, self.lanes, LINE_WORDS):
                 prefetch(self.builder, self._address, self.builder.add(ahead, i64(row)))
-        return self._loaded[number]
+        return self._words[number]
 
-    def masked(self, field: ir.Value) -> ir.Value:
-        """The lowest `bits` bits as float32: signed, as only AVX-512 converts unsigned ones."""
-        codes = self.builder.and_(field, self._splat((1 << self.bits) - 1))
+    def masked(self, field: ir.Value, exponent: int = 0) -> ir.Value:
+        """The `bits` bits from `exponent` on as float32: signed, as only AVX-512 has the other."""
+        codes = self.builder.and_(field, self._splat(((1 << self.bits) - 1) << exponent))
         return self.builder.sitofp(codes, ir.VectorType(F32, self.lanes))
 
     def _load(self, number: ir.Value) -> ir.Value:
