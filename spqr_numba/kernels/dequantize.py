@@ -172,14 +172,14 @@ def dequantize_rows(matrix: SpqrMatrix, first: int, last: int) -> torch.Tensor:
     return out[: matrix.spec.in_features]
 
 
-def dequantize(matrix: SpqrMatrix) -> torch.Tensor:
-    """W_hat: fp32 [out_features, in_features], columns in the layer's own order.
+def dequantize(matrix: SpqrMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W_hat: [out_features, in_features], columns in the layer's own order.
 
-    Bit for bit the weight that error propagation used. Raises InputError for a device without a
-    kernel.
+    In fp32, bit for bit the weight that error propagation used; in another float dtype that,
+    rounded once. Raises InputError for a device without a kernel.
     """
     shape = matrix.spec.out_features, matrix.spec.in_features
-    weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+    weight = torch.empty(shape, dtype=dtype, device="cpu")
     columns = stored_order(matrix).argsort()
     for first, last in row_blocks(matrix):
         weight[first:last] = dequantize_rows(matrix, first, last)[columns].T

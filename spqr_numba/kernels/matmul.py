@@ -17,6 +17,9 @@ nearest cache, walks the chunks of 32 columns, and in a chunk takes 16 or 32 row
 lane: the reduction over columns never leaves a lane. A code costs a mask, a conversion, now and
 then a shift, and a multiply-add for each input; without AVX-512 that, and not memory, sets the
 pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
+
+On a GPU the weight is dequantized and given to cuBLAS: in fp32, or from `GEMM_FROM` inputs on,
+where tensor cores count, in the dtype of x.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch.nn.functional import linear
 
 from ..errors import InputError
 from ..format.layout import CODES_PER_CHUNK
 from ..format.matrix import SpqrMatrix
-from .dequantize import dequantize_reference, dequantize_rows, row_blocks, stored_order
+from .dequantize import dequantize, dequantize_reference, dequantize_rows, row_blocks, stored_order
 from .parallel import Fields, tasks_for
 from .scalars import weight_of
 from .simd import (
@@ -295,6 +299,8 @@ def matmul(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None
     [..., out_features]. Raises InputError for another shape, dtype or device.
     """
     check_input(x, matrix, bias)
+    if not x.is_cpu:
+        return multiply_dense(x, matrix, bias)
     floats = floats_of(x)
     y = floats.new_empty((*x.shape[:-1], matrix.spec.out_features))
     batch = x.numel() // matrix.spec.in_features
@@ -335,6 +341,14 @@ def gemm(x: torch.Tensor, matrix: SpqrMatrix, y: torch.Tensor) -> None:
         torch.mm(x, dequantize_rows(matrix, first, last), out=y[:, first:last])
 
 
+def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    """`matmul` on a GPU, through the dequantized weight."""
+    large = x.numel() >= GEMM_FROM * matrix.spec.in_features
+    dtype = x.dtype if large else torch.float32
+    weight = dequantize(matrix, dtype)
+    return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
 def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> None:
     """Raise InputError unless x and bias fit the weight."""
     columns = matrix.spec.in_features
@@ -344,10 +358,8 @@ def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) 
         raise InputError(
             f"x has shape {list(x.shape)}; its last axis must be in_features ({columns})"
         )
-    if not (x.is_cpu and matrix["codes"].is_cpu):
-        if x.device != matrix.device:
-            raise InputError(f"x is on {x.device}, the weight on {matrix.device}")
-        raise InputError(f"there is no matmul kernel for device {x.device} yet")
+    if not (x.is_cpu and matrix["codes"].is_cpu) and x.device != matrix.device:
+        raise InputError(f"x is on {x.device}, the weight on {matrix.device}")
     if bias is not None and bias.shape != (matrix.spec.out_features,):
         raise InputError(
             f"bias has shape {list(bias.shape)}; it must be [{matrix.spec.out_features}]"
