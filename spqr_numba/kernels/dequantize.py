@@ -4,12 +4,12 @@
                                with g = j // group_size
 
     in    SpqrMatrix (format/layout.py)
-    out   fp32 [n, m], columns in stored order, rows fastest: what a matrix product wants
-          fp32 [m, n], columns in the layer's own order: `dequantize`
+    out   fp32 [n, m], columns in stored order, rows fastest: what a matrix product wants on a CPU
+          fp32, fp16 or bf16 [m, n], columns in the layer's own order: `dequantize`
 
 On a CPU the rows go in blocks of 256, whose weights stay in a cache. A thread takes chunks of 32
 columns; in a chunk, the scales and zeros of a group are decoded once, then column after column is
-written in one run, 32 rows a vector.
+written in one run, 32 rows a vector. The CUDA twin is dequantize_cuda.py.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ __all__ = ["dequantize", "dequantize_reference", "dequantize_rows", "row_blocks"
 
 LANES = 32
 BLOCK_ROWS = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dequantize_reference(matrix: SpqrMatrix) -> np.ndarray:
@@ -160,10 +161,10 @@ def row_blocks(matrix: SpqrMatrix) -> Iterator[tuple[int, int]]:
 def dequantize_rows(matrix: SpqrMatrix, first: int, last: int) -> torch.Tensor:
     """W_hat of one of `row_blocks`, transposed as stored: fp32 [n, last - first], n permuted.
 
-    Raises InputError for a device without a kernel.
+    On a CPU; raises InputError for another device.
     """
     if matrix.device.type != "cpu":
-        raise InputError(f"there is no dequantize kernel for device {matrix.device} yet")
+        raise InputError(f"there is no dequantize kernel for device {matrix.device}")
     shape = matrix.spec.chunks * CODES_PER_CHUNK, last - first
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
     packed = packed_matrix(matrix, LANES, inputs=0)
@@ -175,11 +176,18 @@ def dequantize_rows(matrix: SpqrMatrix, first: int, last: int) -> torch.Tensor:
 def dequantize(matrix: SpqrMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """W_hat: [out_features, in_features], columns in the layer's own order.
 
-    In fp32, bit for bit the weight that error propagation used; in another float dtype that,
-    rounded once. Raises InputError for a device without a kernel.
+    In fp32, bit for bit the weight that error propagation used; in fp16 or bf16 that, rounded once.
+    Raises InputError for another dtype, or a device without a kernel.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype}; it must be float32, float16 or bfloat16")
     shape = matrix.spec.out_features, matrix.spec.in_features
-    weight = torch.empty(shape, dtype=dtype, device="cpu")
+    weight = torch.empty(shape, dtype=dtype, device=matrix.device)
+    if matrix.device.type == "cuda":
+        from .dequantize_cuda import launch_dequantize
+
+        launch_dequantize(matrix, weight)
+        return weight
     columns = stored_order(matrix).argsort()
     for first, last in row_blocks(matrix):
         weight[first:last] = dequantize_rows(matrix, first, last)[columns].T

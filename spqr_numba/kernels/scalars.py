@@ -20,6 +20,7 @@ __all__ = [
     "ZERO_LIMIT",
     "code_of",
     "decoded_statistic",
+    "float_to_bfloat",
     "float_to_half",
     "half_to_float",
     "product",
@@ -32,7 +33,8 @@ FP16_MAX = np.float32(65504)
 ZERO_LIMIT = np.float32(2048)  # fp16 tells integers apart up to here
 
 
-FLOAT, DOUBLE, HALF, HALF_BITS = ir.FloatType(), ir.DoubleType(), ir.HalfType(), ir.IntType(16)
+FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+HALF_BITS, WORD = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
@@ -55,6 +57,21 @@ def float_to_half(typingctx, value):
         if targets_gpu(builder):
             return emit(builder, "cvt.rn.f16.f32 $0, $1", "=h,f", HALF_BITS, arguments)
         return builder.bitcast(builder.fptrunc(arguments[0], HALF), HALF_BITS)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def float_to_bfloat(typingctx, value):
+    """The bits (uint16) of the bf16 number nearest to a float32 that is no NaN, half to even."""
+
+    def codegen(context, builder, signature, arguments):
+        if targets_gpu(builder):
+            return emit(builder, "cvt.rn.bf16.f32 $0, $1", "=h,f", HALF_BITS, arguments)
+        bits = builder.bitcast(arguments[0], WORD)
+        odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+        rounded = builder.add(bits, builder.add(odd, WORD(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, WORD(16)), HALF_BITS)
 
     return types.uint16(types.float32), codegen
 

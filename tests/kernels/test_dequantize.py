@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.errors import InputError
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize, dequantize_reference
 
@@ -53,6 +54,23 @@ def test_kernel_decodes_as_the_oracle(name: str, device: torch.device) -> None:
     assert weight.device.type == device.type
     assert weight.is_contiguous()
     assert np.array_equal(weight.cpu().numpy(), oracle.decode(matrix).weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ragged", "no outliers", "all outliers in one row"])
+def test_other_dtypes_are_rounded_once(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    matrix = build(name).to(device)
+    assert torch.equal(dequantize(matrix, dtype), dequantize(matrix).to(dtype))
+
+
+def test_a_dtype_that_is_none() -> None:
+    with pytest.raises(InputError, match=r"dtype is torch\.int8; it must be float32, float16"):
+        dequantize(build("one weight"), torch.int8)
+
+
+def test_no_kernel_for_a_device() -> None:
+    with pytest.raises(InputError, match="no dequantize kernel for device meta"):
+        dequantize(build("one weight").to("meta"))
 
 
 def test_by_hand(device: torch.device) -> None:
