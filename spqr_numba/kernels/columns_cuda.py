@@ -12,7 +12,8 @@ again and again is in shared memory:
 For each column all parts find the same code and error from the same numbers, so that nothing needs
 handing over; part 0 stores them, and each part updates every parts-th column behind. That is one
 barrier a column, and two more where a group begins. Rows beyond the last are walked as copies of
-it, since barriers wait for all threads, and not stored.
+it, since barriers wait for all threads, and not stored. Indices are unsigned: of a signed one Numba
+asks at each access whether it is negative.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = ["columns_in_shared_memory", "launch_walk", "walk_kernel"]
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
 THREADS = 256
+GRIDS = np.uint32(3)
 SHARED_FLOATS = 10 * 1024  # of the tile: with the rest, below what every GPU gives a block (48 KB)
 
 
@@ -61,34 +63,36 @@ def launch_walk(
 @cache
 def walk_kernel(width: int) -> Any:
     """kernel(loop, upper, start, settings), for tiles of `width` rows and any settings."""
-    fit = fit_function(width)
-    block_columns, parts = columns_in_shared_memory(width), THREADS // width
+    fit, propagate = fit_function(width), propagate_function(width)
+    block_columns = columns_in_shared_memory(width)
+    tile_rows, parts = np.uint32(width), np.uint32(THREADS // width)
 
     @cuda.jit
     def kernel(loop, upper, start, settings):
-        columns, rows = loop.weight.shape
-        stop = start + upper.shape[0]
-        lane, part = cuda.threadIdx.x, cuda.threadIdx.y
-        row = min(cuda.blockIdx.x * width + lane, rows - 1)
-        stores = part == 0 and cuda.blockIdx.x * width + lane < rows
+        columns, rows = np.uint32(loop.weight.shape[0]), np.uint32(loop.weight.shape[1])
+        begin, stop = np.uint32(start), np.uint32(start + upper.shape[0])
+        lane, part = np.uint32(cuda.threadIdx.x), np.uint32(cuda.threadIdx.y)
+        own_row = np.uint32(cuda.blockIdx.x * tile_rows + lane)
+        row, stores = min(own_row, np.uint32(rows - 1)), part == 0 and own_row < rows
+        group_size = np.uint32(settings.group_size)
         max_code = np.float32((1 << settings.bits) - 1)
         tile = cuda.shared.array((block_columns, width), np.float32)
-        for j in range(start + part, stop, parts):
-            tile[j - start, lane] = loop.weight[j, row]
+        for j in range(np.uint32(begin + part), stop, parts):
+            tile[np.uint32(j - begin), lane] = loop.weight[j, row]
         # where the block begins inside a group, that group's grid is known
-        group = start // settings.group_size
-        next_group = start if start % settings.group_size == 0 else columns
+        group = np.uint32(begin // group_size)
+        next_group = begin if begin % group_size == 0 else columns
         scale, zero = loop.scale[row], loop.zero[row]
         sum_before, sum_after = np.float32(0), np.float32(0)
         cuda.syncthreads()
-        for j in range(start, stop):
-            at = j - start
+        for j in range(begin, stop):
+            at = np.uint32(j - begin)
             if j == next_group:
-                next_group = min(j + settings.group_size, columns)
+                next_group = min(np.uint32(j + group_size), columns)
                 scale, zero = fit(
                     loop, tile, at, row, j, next_group, stop, group, settings, max_code, stores
                 )
-                group += 1
+                group = np.uint32(group + 1)
             code, outlier, quantized, error, before = quantize_element(
                 tile[at, lane], scale, zero, loop.diagonal[j], settings.threshold, max_code
             )
@@ -99,8 +103,7 @@ def walk_kernel(width: int) -> Any:
                 loop.weight[j, row] = quantized
                 sum_before += product(before, before)
                 sum_after += product(error, error)
-            for behind in range(at + 1 + part, stop - start, parts):
-                tile[behind, lane] -= product(error, upper[at, behind])
+            propagate(tile, upper[at], np.uint32(at + 1 + part), lane, error)
             cuda.syncthreads()
         if stores:
             loop.scale[row] = scale
@@ -111,6 +114,19 @@ def walk_kernel(width: int) -> Any:
     return kernel
 
 
+def propagate_function(width: int) -> Any:
+    """propagate(...): this part's share of the columns from `behind` on, in one row of a tile."""
+    parts = np.uint32(THREADS // width)
+
+    @cuda.jit(device=True)
+    def propagate(tile, upper, behind, lane, error):
+        while behind < upper.shape[0]:  # not range, whose steps libNVVM does not see through
+            tile[behind, lane] -= product(error, upper[behind])
+            behind = np.uint32(behind + parts)
+
+    return propagate
+
+
 def fit_function(width: int) -> Any:
     """fit(...) -> scale, zero of this thread's row for the group of columns j ... end - 1."""
     range_of, store = range_function(width), store_function(width)
@@ -119,7 +135,7 @@ def fit_function(width: int) -> Any:
     def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
-        lane = cuda.threadIdx.x
+        lane = np.uint32(cuda.threadIdx.x)
         if end <= stop:
             low, high = range_of(tile, at, lane, loop.diagonal, j, end, settings, max_code)
         else:  # the group begins where the block does, and is still as it was
@@ -130,7 +146,7 @@ def fit_function(width: int) -> Any:
         scales[lane] = scale
         zeros[lane] = zero
         cuda.syncthreads()
-        rows, block_rows = loop.weight.shape[1], settings.stats_group_size
+        rows, block_rows = np.uint32(loop.weight.shape[1]), np.uint32(settings.stats_group_size)
         scale = store(
             scales,
             rows,
@@ -164,30 +180,42 @@ def range_function(width: int) -> Any:
     The group is weights[first + k, lane], columns j ... end - 1. The parts share the three grids
     between them, and then know all three sums.
     """
-    parts = THREADS // width
+    parts = np.uint32(THREADS // width)
 
     @cuda.jit(device=True)
     def range_of(weights, first, lane, diagonal, j, end, settings, max_code):
         totals = cuda.shared.array((3, width), np.float32)
-        count, threshold = end - j, settings.fit_threshold
+        thread, count = np.uint32(cuda.threadIdx.x), np.uint32(end - j)
+        threshold = settings.fit_threshold
         found = extremes(weights, first, lane, count)
         low, low_at, next_low, high, high_at, next_high = found
         if not threshold < np.float32(np.inf):
             return low, high
-        for grid in range(cuda.threadIdx.y, 3, parts):
-            lowest, highest, left_out = low, high, -1
+        for grid in range(np.uint32(cuda.threadIdx.y), GRIDS, parts):
+            lowest, highest, left_out = low, high, count
             if grid == 1:
                 lowest, left_out = next_low, low_at
             elif grid == 2:
                 highest, left_out = next_high, high_at
-            totals[grid, cuda.threadIdx.x] = error_sum(
+            totals[grid, thread] = error_sum(
                 weights, first, lane, count, diagonal, j, lowest, highest, left_out, max_code
             )
         cuda.syncthreads()
-        total = totals[0, cuda.threadIdx.x]
-        gains = total - totals[1, cuda.threadIdx.x], total - totals[2, cuda.threadIdx.x]
+        total = totals[np.uint32(0), thread]
+        gain_low = total - totals[np.uint32(1), thread]
+        gain_high = total - totals[np.uint32(2), thread]
         return kept_range(
-            weights, first, lane, count, diagonal, j, found, *gains, threshold, max_code
+            weights,
+            first,
+            lane,
+            count,
+            diagonal,
+            j,
+            found,
+            gain_low,
+            gain_high,
+            threshold,
+            max_code,
         )
 
     return range_of
@@ -195,19 +223,21 @@ def range_function(width: int) -> Any:
 
 def store_function(width: int) -> Any:
     """store(...): keep this row's of the statistics [width] of a tile -> what it decodes to."""
+    tile_rows = np.uint32(width)
 
     @cuda.jit(device=True)
     def store(statistics, rows, bits, block_rows, codes, steps, bases, values, stores):
-        lane, first = cuda.threadIdx.x, cuda.blockIdx.x * width
-        row = first + lane
+        lane, first = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockIdx.x * tile_rows)
+        row = np.uint32(first + lane)
         if bits == UNQUANTIZED_BITS:
             decoded = round_through_half(statistics[lane])
             if stores:
                 values[row] = float_to_half(decoded)
             return decoded
-        begin = lane - lane % block_rows
+        begin = np.uint32(lane - lane % block_rows)
+        end = min(np.uint32(begin + block_rows), np.uint32(rows - first))
         low = high = statistics[begin]
-        for other in range(begin + 1, min(begin + block_rows, rows - first)):
+        for other in range(np.uint32(begin + 1), end):
             low = min(low, statistics[other])
             high = max(high, statistics[other])
         max_code = np.float32((1 << bits) - 1)
@@ -216,8 +246,8 @@ def store_function(width: int) -> Any:
         if stores:
             codes[row] = np.uint8(code)
             if lane == begin:
-                steps[row // block_rows] = float_to_half(step)
-                bases[row // block_rows] = float_to_half(base)
+                steps[np.uint32(row // block_rows)] = float_to_half(step)
+                bases[np.uint32(row // block_rows)] = float_to_half(base)
         return decoded_statistic(code, step, base)
 
     return store

@@ -191,15 +191,15 @@ def extremes(weights, first, lane, count):
     """(low, its k, next low, high, its k, next high) of one row's group."""
     low = next_low = np.float32(np.inf)
     high = next_high = np.float32(-np.inf)
-    low_at = high_at = 0
+    low_at = high_at = np.uint32(0)
     for k in range(count):
-        weight = weights[first + k, lane]
+        weight = weights[np.uint32(first + k), lane]
         if weight < low:
-            next_low, low, low_at = low, weight, k
+            next_low, low, low_at = low, weight, np.uint32(k)
         else:
             next_low = min(next_low, weight)
         if weight > high:
-            next_high, high, high_at = high, weight, k
+            next_high, high, high_at = high, weight, np.uint32(k)
         else:
             next_high = max(next_high, weight)
     if count == 1:
@@ -209,13 +209,13 @@ def extremes(weights, first, lane, count):
 
 @njit
 def error_sum(weights, first, lane, count, diagonal, column, low, high, left_out, max_code):
-    """Error of the group on the grid of [low, high], without its weight k = left_out."""
+    """Error of the group on the grid of [low, high], without its weight k = left_out < count."""
     scale, zero = grid_of(low, high, max_code)
     total = np.float32(0)
     for k in range(count):
         if k != left_out:
-            weight = weights[first + k, lane]
-            total += error_term(weight, scale, zero, diagonal[column + k], max_code)
+            weight = weights[np.uint32(first + k), lane]
+            total += error_term(weight, scale, zero, diagonal[np.uint32(column + k)], max_code)
     return total
 
 
@@ -228,13 +228,13 @@ def kept_range(
     scale, zero = grid_of(low, high, max_code)
     kept_low, kept_high = np.float32(np.inf), np.float32(-np.inf)
     for k in range(count):
-        weight = weights[first + k, lane]
+        weight = weights[np.uint32(first + k), lane]
         if k == low_at:
             gain = gain_low
         elif k == high_at:
             gain = gain_high
         else:
-            gain = error_term(weight, scale, zero, diagonal[column + k], max_code)
+            gain = error_term(weight, scale, zero, diagonal[np.uint32(column + k)], max_code)
         if not gain > threshold:
             kept_low = min(kept_low, weight)
             kept_high = max(kept_high, weight)
