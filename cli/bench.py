@@ -74,7 +74,9 @@ def matmul(as_json: bool, **settings: Any) -> None:
 @click.option("--windows", default=128, show_default=True, help="Of a model: calibration windows.")
 @click.option("--seqlen", default=2048, show_default=True, help="Of a model: tokens a window.")
 @click.option("--offload-activations", is_flag=True, help="Of a model: keep states in main memory.")
-@click.option("--against-reference", is_flag=True, help="Time it column by column in torch too.")
+@click.option(
+    "--against", type=click.Choice(["reference"]), help="Time it column by column in torch too."
+)
 def quantize(as_json: bool, **settings: Any) -> None:
     """Time the compression of a weight, phase by phase.
 

@@ -56,14 +56,15 @@ def measure(
     windows: int = 128,
     seqlen: int = 2048,
     offload_activations: bool = False,
-    against_reference: bool = False,
+    against: str | None = None,
 ) -> list[Row]:
     """Rows of a table, one a weight (out_features, in_features) or a block ("llama2-7b").
 
     Milliseconds for a weight, medians of five runs; seconds for a block, one run of each of
-    `blocks`, on `windows` of `seqlen` tokens. against_reference adds the time of a weight's columns
-    one after the other in torch (reference.py). Raises InputError for an unknown shape, or where
-    weights and blocks, whose rows differ, are asked for together.
+    `blocks`, on `windows` of `seqlen` tokens, where "quantize" is all that comes behind a
+    factorization. against "reference" adds the time of a weight's columns one after the other in
+    torch (reference.py). Raises InputError for an unknown shape, or where weights and blocks, whose
+    rows differ, are asked for together.
     """
     if len({isinstance(shape, str) for shape in shapes}) > 1:
         raise InputError("weights and blocks make different tables; measure one kind at a time")
@@ -81,7 +82,7 @@ def measure(
                     for _ in range(blocks)
                 ]
             else:
-                rows.append(measure_weight(shape, config, place, against_reference))
+                rows.append(measure_weight(shape, config, place, against))
     return rows
 
 
@@ -89,9 +90,12 @@ def measure(
 
 
 def measure_weight(
-    shape: tuple[int, int], config: SpqrConfig, device: torch.device, against_reference: bool
+    shape: tuple[int, int], config: SpqrConfig, device: torch.device, against: str | None
 ) -> Row:
-    """Milliseconds of each phase, and of all with the factorization."""
+    """Milliseconds of each phase, and of all with the factorization.
+
+    One kernel fits a group and quantizes its columns, group after group, so their times are one.
+    """
     weight, hessian = random_problem(*shape, device)
     total, result = timed(lambda: quantize_weight(weight, hessian, config), device)
     factorizing, factor = timed(lambda: factorize(hessian, config, weight), device)
@@ -105,14 +109,14 @@ def measure_weight(
         "shape": f"{shape[0]}x{shape[1]}",
         "total ms": total,
         "factorise ms": factorizing,
-        "columns ms": walking - updating,
+        "fit + columns ms": walking - updating,
         "update ms": updating,
         "pack ms": packing,
         "loss ms": 2 * reporting,
         "outliers": result.report.outlier_share,
         "bits": result.report.bits_per_weight,
     }
-    if against_reference:
+    if against == "reference":
         reference, theirs = timed(lambda: quantize_by_column(weight, factor, config), device, 1)
         loss = squared_output(columns - theirs, factor.hessian)
         row |= {

@@ -29,7 +29,7 @@ def test_bad_input(
 
 
 def test_quantize_prints_a_row_a_shape(run: Run) -> None:
-    line = "bench quantize --shape 32x64 --shape 16x48 --against-reference"
+    line = "bench quantize --shape 32x64 --shape 16x48 --against reference"
     result = run(line)
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.splitlines()
