@@ -51,7 +51,7 @@ class Command(click.Command):
         debug = ctx.params.pop("debug")
         _quiet_libraries()
         try:
-            with _warnings_on_stderr():
+            with _notes_on_stderr():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             if debug:
@@ -128,15 +128,17 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def _warnings_on_stderr() -> Iterator[None]:
-    """Show what the package logs: resumed runs, growing damping."""
+def _notes_on_stderr() -> Iterator[None]:
+    """Show what the package logs: resumed runs, growing damping, the way that work takes."""
     logger = logging.getLogger("spqr_numba")
-    handler = _Notes()
+    handler, level = _Notes(), logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ from .fit import fit_group
 from .launch import array_of, compiled
 from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
-__all__ = ["ColumnLoop", "block_columns", "quantize_columns"]
+__all__ = ["ColumnLoop", "block_columns", "describe_walk", "quantize_columns"]
 
 BLOCK_COLUMNS = 128  # a multiple of every group size but the whole row's
 TILE_ROWS = 32
@@ -131,6 +131,15 @@ def block_columns(spec: MatrixSpec, device: torch.device) -> int:
     from .columns_cuda import columns_in_shared_memory
 
     return columns_in_shared_memory(tile_rows(spec))
+
+
+def describe_walk(spec: MatrixSpec, device: torch.device) -> str:
+    """Which way `quantize_columns` takes, in words."""
+    columns = block_columns(spec, device)
+    walk = f"{tile_rows(spec)} rows x {columns} columns at once"
+    if device.type == "cpu" or spec.group_size <= columns:
+        return f"{walk}, groups fitted there"
+    return f"{walk}, groups of {spec.group_size} fitted in global memory (the general path)"
 
 
 def quantize_columns(

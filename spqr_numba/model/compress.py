@@ -9,8 +9,9 @@
         write the block
     write the rest as it is
 
-Only the hidden states and one block are in memory. Pass 1 stops at the last linear, whose output
-nobody needs; the last block has no pass 2; rounding to nearest has no pass at all.
+Only the hidden states and one block are in memory; for a GPU, the next block is read meanwhile.
+Pass 1 stops at the last linear, whose output nobody needs; the last block has no pass 2; rounding
+to nearest has no pass at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +37,7 @@ from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, plan
 from .calibration import load_tokens, sample_windows, window_length
 from .checkpoint import CheckpointWriter, check_free
+from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
 from .report import (
     LAYERS_FILE,
@@ -45,7 +48,7 @@ from .report import (
     read_rows,
     rows_to_csv,
 )
-from .skeleton import Weights, build_skeleton, load, move_buffers, release, stored_names
+from .skeleton import ReadAhead, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
 
 __all__ = ["Progress", "compress"]
@@ -93,7 +96,7 @@ def compress(
     batch_size   windows run at once; None makes batches of about 4096 tokens
     device       where blocks are run and quantized: "cpu" or "cuda"
     offload_activations  keep the hidden states in main memory, batch by batch on the device; of
-                 themselves they go there where they would take half of a GPU's free memory
+                 themselves they go there where beside them a GPU had too little for a block
     progress     a bar over the blocks
 
     A run that is killed leaves `<out>.partial`, and the same call continues it behind the last
@@ -114,7 +117,7 @@ def compress(
             job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
-    with torch.no_grad():
+    with torch.no_grad(), closing(job.weights):
         return job.run(_Silent() if progress is None else progress)
 
 
@@ -131,8 +134,10 @@ class Compression:
         move_buffers(self.model, device)
         self.blocks: Blocks = find_blocks(self.model)
         self.settings = plan(self.blocks, config)
+        if device.type == "cuda":
+            log_paths(self.model, self.settings, device)
         self.calibrates = any(chosen.use_hessian for chosen in self.settings.values())
-        self.weights: Weights = source.weights(self.model)
+        self.weights = ReadAhead(source.weights(self.model), ahead=device.type == "cuda")
         self.names = stored_names(self.model)
         self.windows: torch.Tensor | None = None
         self.batch_size = 0
@@ -162,12 +167,17 @@ class Compression:
         self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
 
     def activations_crowd(self) -> bool:
-        """Whether all hidden states would take half of the GPU's free memory, or more."""
+        """Whether all hidden states would leave a GPU too little memory for the work on a block."""
         if self.device.type != "cuda" or self.windows is None:
             return False
         width = self.source.config.get_text_config().hidden_size
-        needed = self.windows.numel() * width * self.dtype.itemsize
-        return 2 * needed > torch.cuda.mem_get_info(self.device)[0]
+        linears = [self.model.get_submodule(name) for name in self.settings]
+        return states_crowd(
+            states=self.windows.numel() * width * self.dtype.itemsize,
+            largest=max(i * (i + o) for i, o in ((x.in_features, x.out_features) for x in linears)),
+            block=sum(tensor.nbytes for tensor in self.blocks.modules[0].parameters()),
+            free=torch.cuda.mem_get_info(self.device)[0],
+        )
 
     def open(self, out: Path, overwrite: bool) -> None:
         """Start writing `out`, or go on with what an earlier run of the same job left."""
@@ -227,12 +237,14 @@ class Compression:
 
     def _compress_block(self, index: int, activations: Activations | None) -> None:
         name, block = self.blocks.name(index), self.blocks.modules[index]
-        stored = [stored for stored in self.names if stored.startswith(f"{name}.")]
+        stored = self._stored(index)
         with self.clock("read"):
             self._load(stored)
+        last = index + 1 == len(self.blocks)
+        if not last:
+            self.weights.expect(self._stored(index + 1))
         quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
         results = quantizer.quantize(activations, self.config.true_sequential)
-        last = index + 1 == len(self.blocks)
         if activations is not None and not last:
             with self.clock("forward"):
                 activations.advance(block, index)
@@ -242,6 +254,10 @@ class Compression:
             self.writer.write_text(LAYERS_FILE, rows_to_csv(self.rows))
             hidden = None if activations is None or last else activations.states
             self.writer.write_block(index, self._block_tensors(stored, results), hidden)
+
+    def _stored(self, index: int) -> list[str]:
+        """Names of everything in block `index`."""
+        return [name for name in self.names if name.startswith(f"{self.blocks.name(index)}.")]
 
     def _block_tensors(
         self, stored: Iterable[str], results: Mapping[str, QuantizedWeight]

@@ -8,6 +8,7 @@ start, because the model's own code computes them when it is built.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
@@ -17,7 +18,15 @@ from torch import nn
 
 from ..errors import CheckpointError, ModelError, NumericsError
 
-__all__ = ["Weights", "build_skeleton", "load", "move_buffers", "release", "stored_names"]
+__all__ = [
+    "ReadAhead",
+    "Weights",
+    "build_skeleton",
+    "load",
+    "move_buffers",
+    "release",
+    "stored_names",
+]
 
 
 class Weights(Protocol):
@@ -28,6 +37,41 @@ class Weights(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in its stored dtype, on the CPU."""
         ...
+
+
+class ReadAhead:
+    """Weights of which a thread reads some before they are asked for, where `ahead` says so.
+
+    A disk is slow, and so is a copy to a GPU from memory that is not pinned: either would keep the
+    GPU waiting in front of each block.
+    """
+
+    def __init__(self, weights: Weights, ahead: bool) -> None:
+        self._weights, self._ahead = weights, ahead
+        self._reader = ThreadPoolExecutor(1, "spqr-reader")
+        self._coming: dict[str, Future[torch.Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Begin to read `names`, each of which is to be asked for once."""
+        for name in names:
+            if self._ahead and name in self._weights:
+                self._coming[name] = self._reader.submit(self._fetch, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` in its stored dtype, on the CPU. Raises CheckpointError."""
+        coming = self._coming.pop(name, None)
+        return self._weights.read(name) if coming is None else coming.result()
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        tensor = self._weights.read(name)
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -99,7 +143,8 @@ def load(
                 f"{name} is {list(tensor.shape)} in the checkpoint, and config.json makes it"
                 f" {list(current.shape)}; the two do not belong together"
             )
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        floats = tensor.is_floating_point()
+        tensor = tensor.to(device, dtype if floats else None, non_blocking=True)
         if not torch.isfinite(tensor).all():
             raise NumericsError(f"{name} holds NaN or inf; the checkpoint is damaged")
         if leaf in owner._buffers:

@@ -93,6 +93,19 @@ def test_compressed_loads_and_is_what_was_calibrated(
     assert tokenizer("a")["input_ids"]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(folder_of: FolderOf, run: Run) -> None:
+    """The same bytes from run to run, wherever hidden states are, and about a CPU's losses."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    folder = folder_of("llama")
+    on_gpu = run(folder, name="gpu", device="cuda")
+    off_loaded = run(folder, name="off", device="cuda", offload_activations=True)
+    assert tensors_of(on_gpu) == tensors_of(off_loaded)
+    losses = [[float(row["relative_loss"]) for row in log_of(out)] for out in (on_gpu, run(folder))]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
 def test_losses_are_those_of_the_inputs_that_the_compressed_model_sees(
     name: str, folder_of: FolderOf, run: Run, text_file: Path

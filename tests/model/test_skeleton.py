@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import closing
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from spqr_numba.errors import CheckpointError, ModelError, NumericsError
-from spqr_numba.model.skeleton import build_skeleton, load, release, stored_names
+from spqr_numba.model.skeleton import ReadAhead, build_skeleton, load, release, stored_names
 
 from . import architectures
 from .architectures import ARCHITECTURES
@@ -71,3 +73,41 @@ def test_tensors_that_cannot_be_loaded() -> None:
 def test_a_config_that_makes_no_model() -> None:
     with pytest.raises(ModelError, match="cannot build a model of type llama"):
         build_skeleton(LlamaConfig(hidden_act="nope", num_hidden_layers=1), torch.float32)
+
+
+class Slow(Memory):
+    """Remembers in which thread it was asked for what."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.readers: dict[str, str] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        self.readers[name] = threading.current_thread().name
+        if name == "broken":
+            raise CheckpointError("cannot read broken")
+        return super().read(name)
+
+
+def test_reading_ahead() -> None:
+    tensors = {name: torch.full((2,), float(i)) for i, name in enumerate(["a", "b", "broken"])}
+    weights = Slow(tensors)
+    with closing(ReadAhead(weights, ahead=True)) as ahead:
+        ahead.expect(["b", "broken", "nowhere"])
+        assert "a" in ahead
+        assert "nowhere" not in ahead
+        assert torch.equal(ahead.read("b"), tensors["b"])
+        assert torch.equal(ahead.read("a"), tensors["a"])
+        assert torch.equal(ahead.read("b"), tensors["b"])
+        with pytest.raises(CheckpointError, match="cannot read broken"):
+            ahead.read("broken")
+    assert weights.readers["broken"].startswith("spqr-reader")
+    assert weights.readers["a"] == weights.readers["b"] == threading.current_thread().name
+
+
+def test_on_a_cpu_nothing_is_read_ahead() -> None:
+    weights = Slow({"a": torch.zeros(2)})
+    with closing(ReadAhead(weights, ahead=False)) as ahead:
+        ahead.expect(["a"])
+        ahead.read("a")
+    assert weights.readers["a"] == threading.current_thread().name
