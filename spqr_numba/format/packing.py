@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ..errors import FormatError
@@ -41,15 +40,14 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack_codes`: words [chunks, bits, width] int32 -> [count, width] uint8."""
-    packed = words.cpu().numpy().view(np.uint32)
-    chunks, _, width = packed.shape
-    codes = np.empty((chunks, CODES_PER_CHUNK, width), np.uint8)
+    chunks, _, width = words.shape
+    codes = torch.empty((chunks, CODES_PER_CHUNK, width), dtype=torch.uint8, device=words.device)
     for k, word, shift in code_positions(bits):
-        lane = packed[:, word] >> np.uint32(shift)
+        lane = words[:, word] >> shift
         if shift + bits > WORD_BITS:
-            lane |= packed[:, word + 1] << np.uint32(WORD_BITS - shift)
-        codes[:, k] = lane & np.uint32((1 << bits) - 1)
-    return torch.from_numpy(codes.reshape(-1, width)[:count].copy())
+            lane = lane & (1 << WORD_BITS - shift) - 1 | words[:, word + 1] << WORD_BITS - shift
+        codes[:, k] = lane & (1 << bits) - 1
+    return codes.view(-1, width)[:count]
 
 
 def pack_statistics(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,0 +1,239 @@
+"""A compressed weight as the GPU's product reads it: canonical buffers, rearranged once at load.
+
+A warp takes a *tile* of 16 rows and, at a time, a *block* of 256 columns. Lane 4 * g + t of it owns
+rows g and g + 8, and of each *octet* (8 groups side by side) the groups t and t + 4::
+
+    octet             groups 0 1 2 3 4 5 6 7       t = 1 owns groups 1 and 5
+    a group's columns quarters 0 1 2 3             of group_size / 4 columns
+    a code pair       columns 2p, 2p + 1 of a quarter, side by side in a register
+
+So the sixteen code pairs of quarter q that a lane owns in a block are its operands of four
+mma.m16n8k16, in the order (octet, p, group t or t + 4, row g or g + 8). `pack_pairs` puts them into
+`bits` words, the lower column in the lower half of a word; the four quarters' words of one number
+lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Scale and zero codes take the
+same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1, four
+octets together, which are one *unit*.
+
+    buffer        dtype  shape                                 instead of
+    code_words    int32  [tiles, blocks, bits, 32 lanes, 4]    codes
+    stat_words    int32  [tiles, units, stat_bits, 32 lanes]   scale_codes, zero_codes
+    second_level  fp16   [stats_groups, 4 * units, 4, 4, 2]    scale_scale, scale_zero, zero_scale,
+                                                               zero_zero (of groups 2t and 2t + 1)
+    target        uint16 [in_features]                         permutation; its inverse
+
+Outliers stay as they are. Rows beyond the last tile's and columns beyond the last block's are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..format.layout import MAX_UINT16_INDICES, MatrixSpec, ceil_div
+from ..format.matrix import SpqrMatrix
+from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
+
+__all__ = ["PreparedMatrix", "can_prepare", "prepare"]
+
+TILE_ROWS = 16
+BLOCK_COLUMNS = 256
+LANES = 32
+QUARTERS = 4
+PAIRS = 16  # of a quarter in a block, and of statistics in a unit
+OCTET = 8  # groups
+UNIT_OCTETS = 4
+UNIT_GROUPS = UNIT_OCTETS * OCTET
+HALF = 16  # bits of half a word
+STATISTICS = ("scale", "zero")
+SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
+OUTLIERS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
+
+
+def can_prepare(matrix: SpqrMatrix) -> bool:
+    """Whether the fast product of a GPU knows these settings."""
+    spec = matrix.spec
+    return (
+        spec.bits in (2, 3, 4)
+        and spec.group_size in (8, 16)
+        and spec.stats_group_size % TILE_ROWS == 0
+        and spec.scale_bits == spec.zero_bits
+        and spec.scale_bits in (2, 3, 4)
+        and spec.in_features <= MAX_UINT16_INDICES
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMatrix:
+    """One compressed weight in the order in which a GPU reads it; the same numbers, as many bytes.
+
+    `canonical` is the exact inverse of `prepare`.
+    """
+
+    spec: MatrixSpec
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where all the buffers lie."""
+        return self["code_words"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def tiles(self) -> int:
+        """Runs of 16 rows; the last may be ragged."""
+        return ceil_div(self.spec.out_features, TILE_ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Runs of 256 columns; the last may be ragged."""
+        return ceil_div(self.spec.in_features, BLOCK_COLUMNS)
+
+    @property
+    def units(self) -> int:
+        """Runs of 32 groups; the last may be ragged."""
+        return ceil_div(self.spec.groups, UNIT_GROUPS)
+
+    def canonical(self) -> SpqrMatrix:
+        """The buffers as layout.py lists them."""
+        tensors = {name: self[name] for name in OUTLIERS if name in self.tensors}
+        tensors["codes"] = pack_codes(self._codes(), self.spec.bits)
+        for name, codes in zip(STATISTICS, self._statistic_codes(), strict=True):
+            tensors[f"{name}_codes"] = pack_statistics(codes, self.spec.scale_bits)
+        tensors |= self._second_level()
+        if "target" in self.tensors:
+            tensors["permutation"] = inverse(self["target"])
+        return SpqrMatrix(self.spec, tensors)
+
+    def _codes(self) -> torch.Tensor:
+        """uint8 [n, m]."""
+        pairs = unpack_pairs(self["code_words"].movedim(2, 0), self.spec.bits)
+        octets, per_quarter = octets_and_pairs(self.spec)
+        pairs = pairs.view(octets, per_quarter, 2, 2, self.tiles, self.blocks, 8, 4, QUARTERS, 2)
+        codes = pairs.permute(5, 0, 2, 7, 8, 1, 9, 4, 3, 6)
+        codes = codes.reshape(self.blocks * BLOCK_COLUMNS, self.tiles * TILE_ROWS)
+        return codes[: self.spec.in_features, : self.spec.out_features]
+
+    def _statistic_codes(self) -> torch.Tensor:
+        """uint8 [2, groups, m]: of scales, of zeros."""
+        pairs = unpack_pairs(self["stat_words"].movedim(2, 0), self.spec.scale_bits)
+        pairs = pairs.view(UNIT_OCTETS, 2, 2, self.tiles, self.units, 8, 4, 2)
+        codes = pairs.permute(2, 4, 0, 6, 7, 3, 1, 5)
+        codes = codes.reshape(2, self.units * UNIT_GROUPS, self.tiles * TILE_ROWS)
+        return codes[:, : self.spec.groups, : self.spec.out_features]
+
+    def _second_level(self) -> dict[str, torch.Tensor]:
+        numbers = self["second_level"].permute(3, 1, 2, 4, 0)
+        numbers = numbers.reshape(4, self.units * UNIT_GROUPS, self.spec.stats_groups)
+        numbers = numbers[:, : self.spec.groups].contiguous()
+        return dict(zip(SECOND_LEVEL, numbers.unbind(), strict=True))
+
+
+def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
+    """Rearrange a weight for which `can_prepare` holds, on the device where it is."""
+    spec = matrix.spec
+    tensors = {name: matrix[name] for name in OUTLIERS if name in matrix.tensors}
+    prepared = PreparedMatrix(spec, tensors)
+    tensors["code_words"] = code_words(matrix, prepared)
+    tensors["stat_words"] = stat_words(matrix, prepared)
+    tensors["second_level"] = second_level(matrix, prepared)
+    if "permutation" in matrix.tensors:
+        tensors["target"] = inverse(matrix["permutation"])
+    return prepared
+
+
+def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
+    """int32 [tiles, blocks, bits, 32, 4]."""
+    tiles, blocks = prepared.tiles, prepared.blocks
+    codes = unpack_codes(matrix["codes"], matrix.spec.bits, matrix.spec.in_features)
+    codes = padded(codes, blocks * BLOCK_COLUMNS, tiles * TILE_ROWS)
+    octets, per_quarter = octets_and_pairs(matrix.spec)
+    codes = codes.view(blocks, octets, 2, 4, QUARTERS, per_quarter, 2, tiles, 2, 8)
+    pairs = codes.permute(1, 5, 2, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, blocks, LANES, 4, 2)
+    return pack_pairs(pairs, matrix.spec.bits).movedim(0, 2).contiguous()
+
+
+def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
+    """int32 [tiles, units, stat_bits, 32]."""
+    spec, tiles, units = matrix.spec, prepared.tiles, prepared.units
+    codes = torch.stack(
+        [
+            padded(
+                unpack_statistics(matrix[f"{name}_codes"], spec.scale_bits, spec.out_features),
+                units * UNIT_GROUPS,
+                tiles * TILE_ROWS,
+            )
+            for name in STATISTICS
+        ]
+    )
+    codes = codes.view(2, units, UNIT_OCTETS, 4, 2, tiles, 2, 8)
+    pairs = codes.permute(2, 6, 0, 5, 1, 7, 3, 4).reshape(PAIRS, tiles, units, LANES, 2)
+    return pack_pairs(pairs, spec.scale_bits).movedim(0, 2).contiguous()
+
+
+def second_level(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
+    """fp16 [stats_groups, 4 * units, 4, 4, 2]."""
+    stats_groups = matrix.spec.stats_groups
+    numbers = torch.stack(
+        [padded(matrix[name], prepared.units * UNIT_GROUPS, stats_groups) for name in SECOND_LEVEL]
+    )
+    numbers = numbers.view(4, prepared.units * UNIT_OCTETS, 4, 2, stats_groups)
+    return numbers.permute(4, 1, 2, 0, 3).contiguous()
+
+
+def pack_pairs(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Sixteen pairs of codes to words: uint8 [16, ..., 2] -> int32 [bits, ...]."""
+    words = torch.zeros((bits, *codes.shape[1:-1]), dtype=torch.int32, device=codes.device)
+    for code, pair in enumerate(codes.to(torch.int32)):
+        for word, shift, part, width in pair_places(bits, code):
+            field = pair >> part & (1 << width) - 1
+            words[word] |= field[..., 0] << shift | field[..., 1] << shift + HALF
+    return words
+
+
+def unpack_pairs(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack_pairs`: int32 [bits, ...] -> uint8 [16, ..., 2]."""
+    shape = PAIRS, *words.shape[1:], 2
+    codes = torch.zeros(shape, dtype=torch.uint8, device=words.device)
+    for code, pair in enumerate(codes):
+        for word, shift, part, width in pair_places(bits, code):
+            for half in range(2):
+                field = words[word] >> shift + HALF * half & (1 << width) - 1
+                pair[..., half] |= (field << part).to(torch.uint8)
+    return codes
+
+
+def pair_places(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
+    """Where a pair's lower code lies: (word, shift, first bit of the code, how many bits).
+
+    A half of a word has room for 16 // bits codes; of 3 bits five, and the sixteenth pair takes
+    the last bit of each of the three words.
+    """
+    position, word = divmod(pair, bits)
+    if (position + 1) * bits <= HALF:
+        return [(word, position * bits, 0, bits)]
+    return [(word, HALF - 1, word, 1) for word in range(bits)]
+
+
+def octets_and_pairs(spec: MatrixSpec) -> tuple[int, int]:
+    """Octets a block, and code pairs of a quarter of a group."""
+    return BLOCK_COLUMNS // (OCTET * spec.group_size), spec.group_size // OCTET
+
+
+def padded(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """values [r, c] with zeros up to [rows, columns]."""
+    missing = columns - values.shape[1], rows - values.shape[0]
+    return torch.nn.functional.pad(values, (0, missing[0], 0, missing[1]))
+
+
+def inverse(permutation: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes one, of the same dtype."""
+    return permutation.to(torch.int32).argsort().to(permutation.dtype)

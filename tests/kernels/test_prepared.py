@@ -1,0 +1,68 @@
+"""The order in which a GPU reads a weight: the same numbers, and as many bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.kernels.prepared import can_prepare, pack_pairs, prepare, unpack_pairs
+from tests.problems import make_spec
+
+CASES: dict[str, tuple[int, int, dict[str, int]]] = {
+    "paper": (32, 512, {}),
+    "ragged": (37, 300, {}),
+    "4 bit": (33, 700, {"bits": 4, "scale_bits": 4, "zero_bits": 4}),
+    "2 bit, one row": (1, 20, {"bits": 2, "scale_bits": 2, "zero_bits": 2}),
+    "group 8, stats 64": (130, 300, {"group_size": 8, "stats_group_size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_canonical_undoes_prepare(name: str, device: torch.device) -> None:
+    rows, columns, settings = CASES[name]
+    matrix = random_matrix(make_spec(rows, columns, **settings), 2).to(device)
+    assert can_prepare(matrix)
+    back = prepare(matrix).canonical()
+    assert set(back.tensors) == set(matrix.tensors)
+    for tensor_name, tensor in matrix.tensors.items():
+        assert torch.equal(back[tensor_name], tensor), tensor_name
+
+
+def test_whole_tiles_take_no_more_bytes() -> None:
+    matrix = random_matrix(make_spec(32, 512), 5)
+    assert prepare(matrix).nbytes == matrix.nbytes
+
+
+def test_without_outliers_and_permutation() -> None:
+    matrix = random_matrix(make_spec(16, 64), None, permuted=False)
+    assert set(prepare(matrix).canonical().tensors) == set(matrix.tensors)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 5},
+        {"group_size": 32},
+        {"stats_group_size": 8},
+        {"scale_bits": 16, "zero_bits": 16},
+        {"scale_bits": 2},
+    ],
+    ids=str,
+)
+def test_other_settings_stay_canonical(settings: dict[str, Any]) -> None:
+    assert not can_prepare(random_matrix(make_spec(16, 64, **settings), 1))
+
+
+def test_pairs_by_hand() -> None:
+    """Of 3 bits, pair k lies in word k % 3 at bit 3 * (k // 3); the last one in the top bits."""
+    codes = torch.zeros(16, 1, 2, dtype=torch.uint8)
+    codes[4, 0] = torch.tensor([5, 2])
+    codes[15, 0] = torch.tensor([0b101, 0b010])
+    words = pack_pairs(codes, 3)
+    high = 1 << 15
+    expected = [high, 5 << 3 | 2 << 19 | high << 16, high]
+    assert [int(word) & 0xFFFFFFFF for word in words[:, 0]] == expected
+    assert torch.equal(unpack_pairs(words, 3), codes)
