@@ -13,10 +13,13 @@ from .format.layout import MatrixSpec
 from .format.matrix import SpqrMatrix
 from .kernels.dequantize import dequantize
 from .kernels.matmul import matmul
+from .kernels.prepared import PreparedMatrix, can_prepare, prepare
+from .operators import Weight, describe, needs_operator, remember
 
 __all__ = ["SpqrLinear"]
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
+PREPARED_ON: tuple[str, ...] = ()  # kinds of device whose product reads a PreparedMatrix
 
 
 class SpqrLinear(nn.Module):
@@ -24,14 +27,17 @@ class SpqrLinear(nn.Module):
 
     The matrix's tensors are buffers of the same names (`<module>.codes`, ...), so that they are
     saved, loaded and moved like any others; a cast to another dtype leaves them as they are, since
-    what was calibrated is what is stored. bias [out_features] is a parameter, or None.
+    what was calibrated is what is stored. On a GPU, where the kernels know a faster order, the
+    buffers are those of a PreparedMatrix instead, and `state_dict` still gives the matrix's. bias
+    [out_features] is a parameter, or None.
     """
 
     def __init__(self, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> None:
         """Raises InputError for a bias of another shape than [out_features]."""
         super().__init__()
-        self._matrix: SpqrMatrix | None = matrix
-        self._set_up(matrix.spec, matrix.tensors, bias)
+        self._set_up(matrix.spec, bias)
+        self._hold(matrix)
+        self.prepare()
 
     @classmethod
     def empty(
@@ -44,50 +50,86 @@ class SpqrLinear(nn.Module):
     ) -> Self:
         """A layer to load a checkpoint into: buffers name -> (shape, dtype), uninitialised.
 
-        dtype is that of the bias.
+        dtype is that of the bias. Whoever fills the buffers one by one calls `prepare` at last.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        zeros = torch.zeros(spec.out_features, device=device, dtype=dtype) if bias else None
+        layer._set_up(spec, zeros)
         tensors = {
             name: torch.empty(shape, dtype=buffer_dtype, device=device)
             for name, (shape, buffer_dtype) in tensor_meta.items()
         }
-        zeros = torch.zeros(spec.out_features, device=device, dtype=dtype) if bias else None
-        layer._matrix = None
-        layer._set_up(spec, tensors, zeros)
+        layer._hold(SpqrMatrix(spec, tensors))
         return layer
 
-    def _set_up(
-        self, spec: MatrixSpec, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None
-    ) -> None:
+    def _set_up(self, spec: MatrixSpec, bias: torch.Tensor | None) -> None:
         if bias is not None and tuple(bias.shape) != (spec.out_features,):
             raise InputError(f"bias is {list(bias.shape)}; it must be [{spec.out_features}]")
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _hold(self, weight: Weight) -> None:
+        """Make a weight's tensors the buffers, in place of those there were."""
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, tensor, persistent=isinstance(weight, SpqrMatrix))
+        self._known = weight
+        self.layout = describe(weight)
+        remember(weight)
+
+    def _weight(self) -> Weight:
+        """The compressed weight, made of the buffers as they are now."""
+        known = self._known
+        if any(self._buffers[name] is not tensor for name, tensor in known.tensors.items()):
+            tensors = {n: b for n, b in self._buffers.items() if b is not None}
+            known = self._known = type(known)(self.spec, tensors)
+            remember(known)
+        return known
 
     @property
     def matrix(self) -> SpqrMatrix:
-        """The compressed weight, made of the buffers as they are now.
+        """The compressed weight; computed anew where it is held in another order.
 
-        Raises FormatError where they do not make one.
+        Raises FormatError where the buffers do not make one.
         """
-        known = self._matrix
-        if known is None or any(self._buffers[n] is not t for n, t in known.tensors.items()):
-            known = SpqrMatrix(self.spec, {n: b for n, b in self._buffers.items() if b is not None})
-            self._matrix = known
-        return known
+        weight = self._weight()
+        return weight.canonical() if isinstance(weight, PreparedMatrix) else weight
+
+    def prepare(self) -> None:
+        """On a GPU, put the weight into the order of its kernels; nothing where that is done."""
+        weight = self._weight()
+        if isinstance(weight, PreparedMatrix) or weight.device.type not in PREPARED_ON:
+            return
+        if can_prepare(weight):
+            self._hold(prepare(weight))
+
+    def _restore(self) -> None:
+        """Back to the matrix's own order, in which weights are saved, loaded and moved."""
+        if isinstance(self._known, PreparedMatrix):
+            self._hold(self.matrix)
 
     def dequantize(self) -> torch.Tensor:
         """W_hat: fp32 [out_features, in_features], bit for bit what calibration used."""
         return dequantize(self.matrix)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features] of the same dtype (fp32, fp16 or bf16)."""
-        return matmul(x, self.matrix, self.bias)
+        """x [..., in_features] -> [..., out_features] of the same dtype (fp32, fp16 or bf16).
+
+        Under autocast, of its dtype, as with nn.Linear.
+        """
+        bias: torch.Tensor | None = self.bias
+        device = x.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            bias = None if bias is None else bias.to(x.dtype)
+        if needs_operator(x, bias):
+            buffers = list(self._buffers.values())
+            return torch.ops.spqr_numba.matmul(x, buffers, self.layout, bias)
+        return matmul(x, self.matrix, bias)
 
     def extra_repr(self) -> str:
         """The settings, as nn.Module prints them."""
@@ -99,10 +141,25 @@ class SpqrLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """What .to(), .half() and .cuda() go through: buffers move, but keep their dtype."""
+        self._restore()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = self._buffers[name]
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
+        self.prepare()
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self._known, PreparedMatrix):
+            for name, tensor in self.matrix.tensors.items():
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from spqr_numba import nn as nn_module
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import FormatError, InputError
 from spqr_numba.nn import SpqrLinear
@@ -14,9 +16,22 @@ from spqr_numba.nn import SpqrLinear
 from .problems import make_spec
 
 
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on the CPU hold their weight as they would on a GPU."""
+    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
+
+
 def make_layer(bias: bool = True, **settings: int) -> SpqrLinear:
     matrix = random_matrix(make_spec(48, 40, **settings))
     return SpqrLinear(matrix, torch.linspace(-1, 1, 48) if bias else None)
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """The same names, dtypes and numbers."""
+    return set(a) == set(b) and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -96,3 +111,59 @@ def test_a_bias_of_another_length_is_refused() -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert "in_features=40, out_features=48, bias=True, bits=3" in repr(make_layer())
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_prepared_layer_shows_its_matrix() -> None:
+    matrix = random_matrix(make_spec(48, 40))
+    layer = SpqrLinear(matrix)
+    assert "code_words" in dict(layer.named_buffers())
+    assert "codes" not in dict(layer.named_buffers())
+    assert same_tensors(layer.matrix.tensors, matrix.tensors)
+    assert same_tensors(layer.state_dict(), matrix.tensors)
+    assert torch.equal(layer.dequantize(), SpqrLinear(matrix).dequantize())
+    other = copy.deepcopy(layer)
+    assert same_tensors(other.matrix.tensors, matrix.tensors)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_prepared_layer_loads_and_prepares_again() -> None:
+    layer, other = make_layer(), SpqrLinear(random_matrix(make_spec(48, 40), seed=1))
+    layer.load_state_dict(other.state_dict(), strict=False)
+    assert "code_words" in dict(layer.named_buffers())
+    assert same_tensors(layer.matrix.tensors, other.matrix.tensors)
+
+
+def test_a_layer_is_prepared_where_it_moves_and_restored_where_it_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer(bias=False)
+    before = layer.state_dict()
+    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
+    layer.to(torch.float16)
+    assert "code_words" in dict(layer.named_buffers())
+    monkeypatch.undo()
+    layer.to(torch.float32)
+    assert same_tensors(layer.state_dict(), before)
+    assert layer.matrix is layer.matrix
+
+
+@pytest.mark.usefixtures("prepared")
+def test_settings_without_a_fast_path_stay_as_they_are() -> None:
+    layer = make_layer(scale_bits=16)
+    assert "codes" in dict(layer.named_buffers())
+
+
+@pytest.mark.gpu
+def test_to_a_gpu_and_back() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    layer = make_layer()
+    before, x = layer.state_dict(), torch.ones(3, 40)
+    expected = layer(x)
+    layer.cuda()
+    assert ("code_words" in dict(layer.named_buffers())) == ("cuda" in nn_module.PREPARED_ON)
+    assert same_tensors({k: t.cpu() for k, t in layer.state_dict().items()}, before)
+    torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert same_tensors(layer.cpu().state_dict(), before)
+    assert torch.equal(layer(x), expected)

@@ -96,6 +96,7 @@ class SpqrHfQuantizer(HfQuantizer):
                 layer.matrix.check_values()
             except FormatError as error:
                 raise CheckpointError(f"{name}: {error}") from error
+            layer.prepare()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
