@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._command import Command, emit, note
-from ._options import model_argument
+from ._options import device_option, model_argument
 
 if TYPE_CHECKING:
     from spqr_numba.generate import Generation, Prompt
@@ -29,6 +29,10 @@ __all__ = ["generate"]
 @click.option("--top-k", type=int, help="Choose among this many most likely tokens.")
 @click.option("--top-p", type=float, help="Choose among the tokens that make up this probability.")
 @click.option("--seed", default=0, show_default=True, help="Of the random choice.")
+@device_option
+@click.option(
+    "--compile", is_flag=True, help="Wait a minute for a faster step: for long texts on a GPU."
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it stands: no chat template.")
 def generate(
     model: str | None, prompts: tuple[str, ...], raw: bool, as_json: bool, **settings: Any
@@ -40,7 +44,7 @@ def generate(
     """
     if as_json and not prompts:
         raise click.UsageError("--json needs a --prompt: a conversation has no single result")
-    session = Session(model, raw, settings)
+    session = Session(model, raw, **settings)
     if not prompts:
         session.converse()
     elif len(prompts) == 1 and not as_json:
@@ -53,13 +57,22 @@ def generate(
 class Session:
     """A loaded model and how it is to answer."""
 
-    def __init__(self, model: str | None, raw: bool, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str | None,
+        raw: bool,
+        device: str,
+        max_new_tokens: int,
+        compile: bool,
+        **sampling: Any,
+    ) -> None:
         from spqr_numba.generate import Sampling
         from spqr_numba.model.integration import load_model
 
-        self._max_new_tokens = settings.pop("max_new_tokens")
-        self._sampling = Sampling(**settings)
-        self._model, self._tokenizer = load_model(model)
+        self._max_new_tokens = max_new_tokens
+        self._compile = compile
+        self._sampling = Sampling(**sampling)
+        self._model, self._tokenizer = load_model(model, device=device)
         self._chats = not raw and getattr(self._tokenizer, "chat_template", None) is not None
 
     def prompt(self, text: str) -> Prompt:
@@ -74,9 +87,10 @@ class Session:
         """Stream one answer to stdout, and say its speed."""
         result = self._generate([prompt], stream=True)[0]
         click.echo()
+        start_up = f", ready in {result.start_up_seconds:.2f} s" if result.start_up_seconds else ""
         note(
             f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s"
-            f" (prompt: {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s)"
+            f" (prompt: {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s{start_up})"
         )
         return result
 
@@ -102,6 +116,7 @@ class Session:
             prompts,
             max_new_tokens=self._max_new_tokens,
             sampling=self._sampling,
+            compile=self._compile,
             stream=_echo_piece if stream else None,
         )
 

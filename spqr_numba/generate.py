@@ -1,37 +1,31 @@
-"""Text from a model: prefill, then one token at a time through a key-value cache.
-
-    prompts -> tokens [B, T] -> prefill -> logits [B, V] -> choose -> token [B, 1] --+
-                                   ^                                                 |
-                                   +------------- decode_one_token <----------------+
+"""Text from a model: prompts become tokens, tokens more tokens (decoding.py), and those text.
 
 Prompts of different lengths are padded on the left, so that every row ends at the same column
-and the padding is masked away. `decode_one_token` reads and advances a `Decoding`: with a static
-cache nothing in it changes shape from step to step, so that a GPU can replay it as one graph.
+and the padding is masked away.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
-from .errors import ConfigError, InputError, NumericsError
+from .decoding import Steps, cache_length, make_cache, prefill
+from .errors import ConfigError, InputError
+from .sampling import Sampling
 
 __all__ = [
-    "Decoding",
     "Generation",
     "Prompt",
     "Sampling",
     "TextStream",
-    "decode_one_token",
     "encode_prompt",
     "generate",
     "generate_batch",
-    "prefill",
 ]
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -42,65 +36,11 @@ MAX_CONTEXT_TOKENS = 8  # of the prompt, enough for any tokenizer to see where a
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the most likely one, or, with temperature > 0, at random.
-
-    temperature   divides the logits; 0 is greedy
-    top_k         keep only the k most likely tokens
-    top_p         keep only the fewest most likely tokens whose probabilities reach top_p
-    seed          of the random choice
-
-    Raises ConfigError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ConfigError(
-                "top_k and top_p choose among random tokens, and temperature 0 is greedy:"
-                " set a temperature above 0"
-            )
-
-    def chooser(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function from logits [B, V] to the chosen tokens [B, 1], int64."""
-        if self.temperature == 0:
-            return lambda logits: logits.argmax(dim=-1, keepdim=True)
-        warpers = self._warpers()
-        generator = torch.Generator(device).manual_seed(self.seed)
-
-        def choose(logits: torch.Tensor) -> torch.Tensor:
-            probabilities = warpers(None, logits.float()).softmax(dim=-1)
-            return torch.multinomial(probabilities, 1, generator=generator)
-
-        return choose
-
-    def _warpers(self) -> Any:
-        from transformers.generation import logits_process
-
-        warpers = logits_process.LogitsProcessorList()
-        warpers.append(logits_process.TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            warpers.append(logits_process.TopKLogitsWarper(self.top_k))
-        if self.top_p is not None:
-            warpers.append(logits_process.TopPLogitsWarper(self.top_p))
-        return warpers
-
-
-@dataclass(frozen=True)
 class Generation:
     """What one prompt led to.
 
-    tokens_per_second counts the decode steps alone: the first token comes from the prefill.
+    The first token comes from the prefill; start_up_tokens more were made within start_up_seconds,
+    until the decode step was captured or compiled. tokens_per_second counts what came after.
     """
 
     text: str
@@ -109,12 +49,14 @@ class Generation:
     ended: bool
     """True where the model ended the text itself, False where it ran into a limit."""
     prefill_seconds: float
+    start_up_tokens: int
+    start_up_seconds: float
     decode_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed of this one row of the batch."""
-        steps = len(self.tokens) - 1
+        steps = len(self.tokens) - 1 - self.start_up_tokens
         return steps / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
@@ -158,23 +100,6 @@ class TextStream:
         )
 
 
-@dataclass
-class Decoding:
-    """What a decode step reads and advances.
-
-    cache           the model's keys and values
-    attention_mask  [B, cache length] int64, 0 at the padding, or None where there is none
-    positions       [B, 1] int64, of the next token in its own prompt
-    step            tokens in the cache, padding included
-    """
-
-    model: Any
-    cache: Any
-    attention_mask: torch.Tensor | None
-    positions: torch.Tensor
-    step: int
-
-
 def generate(
     model: Any,
     tokenizer: Any,
@@ -187,13 +112,17 @@ def generate(
     seed: int = 0,
     stream: Callable[[str], object] | None = None,
     static_cache: bool | None = None,
+    graph: bool | None = None,
+    compile: bool = False,
 ) -> Generation:
     """Continue one prompt; `stream` gets each piece of text as it is made.
 
     The text ends at the model's end token, after max_new_tokens, or where the model's context is
-    full. static_cache None means static on a GPU. Raises InputError for an empty prompt or one
-    that fills the context, ConfigError for sampling settings out of range, NumericsError where
-    the model's output is not finite.
+    full. static_cache None means static on a GPU; graph None means that the decode step is then
+    captured in a CUDA graph, unless the model forbids it, which is logged. compile compiles the
+    step with torch.compile first: faster tokens after a minute of waiting. Raises InputError for an
+    empty prompt or one that fills the context, ConfigError for settings out of range, NumericsError
+    where the model's output is not finite.
     """
     return generate_batch(
         model,
@@ -203,6 +132,8 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, seed),
         stream=(lambda _, piece: stream(piece)) if stream else None,
         static_cache=static_cache,
+        graph=graph,
+        compile=compile,
     )[0]
 
 
@@ -215,6 +146,8 @@ def generate_batch(
     sampling: Sampling | None = None,
     stream: Callable[[int, str], object] | None = None,
     static_cache: bool | None = None,
+    graph: bool | None = None,
+    compile: bool = False,
 ) -> list[Generation]:
     """Continue several prompts at once; `stream` gets (index of the prompt, piece of text).
 
@@ -227,18 +160,19 @@ def generate_batch(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     max_new_tokens = _fit_context(model, encoded, max_new_tokens)
     rows = [_Row(tokenizer, tokens, i, stream) for i, tokens in enumerate(encoded)]
-    length = max(map(len, encoded)) + max_new_tokens
+    static, graph = _engine(model.device, static_cache, graph, compile)
+    length = cache_length(max(map(len, encoded)) + max_new_tokens, compile)
     tokens, mask = _pad_left(encoded, length, model.device)
-    cache = _make_cache(model, length, static_cache)
     choose = (sampling or Sampling()).chooser(model.device)
 
     started = time.perf_counter()
-    logits, state = prefill(model, tokens, mask, cache)
+    logits, state = prefill(model, tokens, mask, make_cache(model, length, static))
     chosen = choose(logits)
-    chosen[0, 0].item()  # waits for the device
+    first = chosen[:, 0].tolist()  # waits for the device
     prefill_seconds = time.perf_counter() - started
-    _decode(state, rows, chosen, choose, max_new_tokens)
-    return [row.result(prefill_seconds) for row in rows]
+    steps = Steps(state, chosen, choose, max_new_tokens - 1, graph=graph, compiled=compile)
+    _collect(rows, chain([first], steps), _end_tokens(model))
+    return [row.result(prefill_seconds, steps) for row in rows]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -256,50 +190,6 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not tokens:
         raise InputError("the prompt is empty; give at least one word to continue")
     return tokens
-
-
-@torch.inference_mode()
-def prefill(
-    model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, cache: Any
-) -> tuple[torch.Tensor, Decoding]:
-    """Run the prompts tokens [B, T], int64, and return the next token's logits [B, V].
-
-    mask is [B, cache length], 0 at the padding, or None where no prompt is padded.
-    """
-    length = tokens.shape[1]
-    if mask is None:
-        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-    else:
-        positions = (mask[:, :length].cumsum(dim=1) - 1).clamp(min=0)
-    state = Decoding(model, cache, mask, positions, 0)
-    logits = _forward(state, tokens)
-    if not torch.isfinite(logits).all():
-        raise NumericsError(
-            "the model's output holds NaN or inf after the prompt; its weights are damaged, or"
-            f" {logits.dtype} is too narrow for it (load it in float32)"
-        )
-    state.positions = positions[:, -1:].clone()
-    state.positions += 1
-    return logits, state
-
-
-@torch.inference_mode()
-def decode_one_token(state: Decoding, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the tokens [B, 1] just chosen, advance the state, return the next logits [B, V]."""
-    logits = _forward(state, tokens)
-    state.positions += 1
-    return logits
-
-
-def _forward(state: Decoding, tokens: torch.Tensor) -> torch.Tensor:
-    state.step += tokens.shape[1]
-    mask = state.attention_mask
-    if mask is not None and not state.cache.is_compileable:
-        mask = mask[:, : state.step]
-    inputs = {"attention_mask": mask, "past_key_values": state.cache, "use_cache": True}
-    if "position_ids" in inspect.signature(state.model.forward).parameters:
-        inputs["position_ids"] = state.positions
-    return state.model(tokens, **inputs).logits[:, -1]
 
 
 class _Row:
@@ -335,15 +225,18 @@ class _Row:
         """Send what was held back."""
         self._send(self._text.finish())
 
-    def result(self, prefill_seconds: float) -> Generation:
+    def result(self, prefill_seconds: float, steps: Steps) -> Generation:
         """What the row has become."""
+        start_up_tokens = min(steps.start_up_steps, len(self.tokens) - 1)
         return Generation(
             text="".join(self._pieces),
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
             ended=self.ended,
             prefill_seconds=prefill_seconds,
-            decode_seconds=self.seconds,
+            start_up_tokens=start_up_tokens,
+            start_up_seconds=steps.start_up_seconds,
+            decode_seconds=max(self.seconds - steps.start_up_seconds, 0.0),
         )
 
     def _send(self, piece: str) -> None:
@@ -353,27 +246,33 @@ class _Row:
                 self._stream(self._index, piece)
 
 
-def _decode(
-    state: Decoding,
-    rows: list[_Row],
-    chosen: torch.Tensor,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    max_new_tokens: int,
-) -> None:
-    """Fill the rows: first the tokens that the prefill chose, then one decode step a token."""
-    end_tokens = _end_tokens(state.model)
+def _collect(rows: list[_Row], steps: Iterable[list[int]], ends: set[int]) -> None:
+    """Fill the rows, a list of tokens a step, until all have ended."""
     started = time.perf_counter()
-    for step in range(max_new_tokens):
-        if step:
-            chosen = choose(decode_one_token(state, chosen))
-        values = chosen.flatten().tolist()  # waits for the device
+    for values in steps:
         seconds = time.perf_counter() - started
         for row, value in zip(rows, values, strict=True):
-            row.push(value, end_tokens, seconds)
+            row.push(value, ends, seconds)
         if all(row.ended for row in rows):
             break
     for row in rows:
         row.finish()
+
+
+def _engine(
+    device: torch.device, static_cache: bool | None, graph: bool | None, compile: bool
+) -> tuple[bool, bool]:
+    """Whether the cache is static, and whether the decode step is captured in a CUDA graph."""
+    static = static_cache
+    if static is None:
+        static = bool(graph) or compile or device.type == "cuda"
+    if graph is None:
+        graph = static and device.type == "cuda"
+    if graph and device.type != "cuda":
+        raise ConfigError(f"graph=True needs a model on a GPU, and this one is on {device}")
+    if not static and (graph or compile):
+        raise ConfigError("graph and compile need a static cache; leave static_cache out")
+    return static, graph
 
 
 def _fit_context(model: Any, prompts: list[list[int]], max_new_tokens: int) -> int:
@@ -404,16 +303,6 @@ def _pad_left(
         return tokens.to(device), None
     mask = torch.arange(length)[None, :] >= torch.tensor(pads)[:, None]
     return tokens.to(device), mask.to(device, torch.int64)
-
-
-def _make_cache(model: Any, length: int, static: bool | None) -> Any:
-    from transformers import DynamicCache, StaticCache
-
-    if static is None:
-        static = model.device.type == "cuda"
-    if static:
-        return StaticCache(config=model.config, max_cache_len=length)
-    return DynamicCache(config=model.config)
 
 
 def _end_tokens(model: Any) -> set[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from spqr_numba import decoding
 from spqr_numba.generate import generate
 from spqr_numba.model.integration import load_model
 
@@ -41,6 +42,23 @@ def test_a_batch(run: Run, dense: Path) -> None:
     output = run(line).stdout
     for prompt, result in zip(["a", "longer prompt"], results, strict=True):
         assert f"> {prompt}\n{result['text']}\n" in output
+
+
+def test_compiled(run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spqr_numba.decoding.COMPILE_BACKEND", "eager")
+    decoding._compiled_run.cache_clear()
+    line = f"generate {dense} -p hi -n 6"
+    result = run(f"{line} --compile")
+    decoding._compiled_run.cache_clear()
+    assert result.stdout == run(line).stdout
+    assert re.search(r"tokens in [\d.]+ s, ready in [\d.]+ s\)", result.stderr)
+
+
+def test_a_gpu_that_is_not_there(run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run(f"generate {dense} -p hi --device cuda")
+    assert result.exit_code == 1
+    assert "torch finds no CUDA device here" in result.stderr
 
 
 def test_a_conversation_remembers(run: Run, dense: Path) -> None:

@@ -1,0 +1,227 @@
+"""Static caches, compiled steps and CUDA graphs: the same tokens, or a word about why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.cache_utils import StaticLayer
+
+from spqr_numba import decoding
+from spqr_numba.decoding import Decoding, capturable, make_cache, noticing_waits
+from spqr_numba.errors import ConfigError
+from spqr_numba.generate import generate, generate_batch
+from spqr_numba.model.integration import load_model
+from spqr_numba.sampling import Sampling
+
+from .test_generate import PROMPTS, TOKENIZER, tiny_family
+from .tiny import tiny_llama
+
+gpu = pytest.mark.gpu
+FAMILIES = pytest.mark.parametrize("family", ["llama", "opt", "falcon", "gpt-neox", "gemma2"])
+SAMPLING = Sampling(temperature=1.5, top_k=100, top_p=0.95, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """What was compiled, and said, before."""
+    torch.compiler.reset()
+    decoding._compiled_run.cache_clear()
+    decoding._note.cache_clear()
+    yield
+    decoding._compiled_run.cache_clear()
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Steps are traced and functionalized, and not turned into machine code."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(decoding, "COMPILE_BACKEND", counter)
+    return counter
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
+def make_model(family: str) -> Any:
+    return tiny_llama() if family == "llama" else tiny_family(family)
+
+
+def tokens(model: Any, **settings: Any) -> list[tuple[int, ...]]:
+    rows = generate_batch(model, TOKENIZER, PROMPTS, max_new_tokens=24, **settings)
+    return [row.tokens for row in rows]
+
+
+def test_a_static_cache_counts_in_tensors_alone() -> None:
+    cache = make_cache(tiny_family("gemma2"), 20, static=True)
+    assert [type(layer) for layer in cache.layers] == [StaticLayer, StaticLayer]
+    assert {layer.get_max_length() for layer in cache.layers} == {20}
+
+
+# --- Compiled
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.usefixtures("backend")
+def test_a_compiled_step_gives_the_same_tokens(family: str) -> None:
+    model = make_model(family)
+    assert tokens(model, compile=True) == tokens(model)
+
+
+def test_one_compilation_serves_texts_of_all_lengths(backend: CompileCounterWithBackend) -> None:
+    model = tiny_llama()
+    for length in (5, 20, 30):
+        result = generate(model, TOKENIZER, "a", max_new_tokens=length, compile=True)
+        assert result.start_up_tokens == 2
+        assert result.start_up_seconds > 0
+    assert backend.frame_count == 1
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> Callable:
+        raise RuntimeError("no compiler here\nand much advice")
+
+    monkeypatch.setattr(decoding, "COMPILE_BACKEND", refuse)
+    model = tiny_llama()
+    expected = tokens(model)
+    for _ in range(2):
+        assert tokens(model, compile=True) == expected
+    [message] = [r.message for r in caplog.records if r.name == decoding.logger.name]
+    assert message.startswith("LlamaForCausalLM cannot be compiled: ")
+    assert "advice" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"graph": True}, "graph=True needs a model on a GPU, and this one is on cpu"),
+        ({"compile": True, "static_cache": False}, "graph and compile need a static cache"),
+    ],
+    ids=str,
+)
+def test_wishes_that_contradict_each_other(settings: dict[str, bool], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(tiny_llama(), TOKENIZER, "a", **settings)
+
+
+# --- Captured
+
+
+def make_state(model: Any, cache: Any) -> Decoding:
+    return Decoding(model, cache, None, torch.zeros(1, 1, dtype=torch.int64), 0)
+
+
+def test_why_a_step_is_not_captured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    assert capturable(make_state(model, make_cache(model, 8, static=True)))
+    assert not caplog.records
+    for _ in range(2):
+        assert not capturable(make_state(model, make_cache(model, 8, static=False)))
+    model._can_compile_fullgraph = False
+    assert not capturable(make_state(model, make_cache(model, 8, static=True)))
+    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 2
+    assert "without a CUDA graph: its cache holds more than keys and values" in told[0]
+    assert "without a CUDA graph: transformers knows of decisions" in told[1]
+
+
+@gpu
+@FAMILIES
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "sampled"])
+def test_a_graph_gives_the_tokens_of_the_steps(
+    family: str, sampling: Sampling | None, cuda: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(family).to(cuda)
+    expected = tokens(model, sampling=sampling, graph=False)
+    assert tokens(model, sampling=sampling) == expected
+    assert not caplog.records
+    assert tokens(model, sampling=sampling) == expected
+
+
+@gpu
+def test_a_graph_gives_the_tokens_of_a_cpu(cuda: torch.device) -> None:
+    model = tiny_llama()
+    expected = tokens(model)
+    assert tokens(model.to(cuda)) == expected
+
+
+@gpu
+def test_the_bundled_model_says_the_same_on_both(cuda: torch.device) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        model, tokenizer = load_model(None, torch.float32, device)
+        results.append(generate(model, tokenizer, "The for statement", max_new_tokens=64).tokens)
+    assert results[0] == results[1]
+
+
+@gpu
+def test_a_graph_streams_and_ends_where_the_text_ends(cuda: torch.device) -> None:
+    model, pieces = tiny_llama().to(cuda), []
+    free = generate(model, TOKENIZER, "a", max_new_tokens=40, stream=pieces.append)
+    assert "".join(pieces) == free.text
+    assert free.start_up_tokens == 2
+    model.generation_config.eos_token_id = next(t for t in free.tokens if t not in free.tokens[:6])
+    ended = generate(model, TOKENIZER, "a", max_new_tokens=40)
+    assert ended.ended
+    assert ended.tokens == free.tokens[: len(ended.tokens)]
+
+
+@gpu
+def test_waiting_for_the_gpu_is_noticed(cuda: torch.device) -> None:
+    numbers = torch.ones(3, device=cuda)
+    with noticing_waits() as waits:
+        numbers.add_(1)
+    assert waits == []
+    with noticing_waits() as waits:
+        numbers.sum().item()
+    assert waits[0].startswith("test_decoding.py:")
+
+
+@gpu
+def test_a_step_that_waits_is_not_captured(
+    cuda: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama().to(cuda)
+    expected = tokens(model, sampling=SAMPLING)
+    model.model.norm.register_forward_hook(lambda *_: torch.ones((), device=cuda).item() and None)
+    assert tokens(model, sampling=SAMPLING) == expected
+    assert "runs without a CUDA graph: its step waits for the GPU" in caplog.text
+    torch.rand(3, device=cuda)
+
+
+@gpu
+def test_a_capture_that_fails_leaves_everything_usable(
+    cuda: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait_in_a_capture(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            torch.ones((), device=cuda).item()
+
+    model = tiny_llama().to(cuda)
+    expected = tokens(model, sampling=SAMPLING)
+    model.model.norm.register_forward_hook(wait_in_a_capture)
+    stream = torch.cuda.current_stream()
+    assert tokens(model, sampling=SAMPLING) == expected
+    assert "runs without a CUDA graph: " in caplog.text
+    assert torch.cuda.current_stream() == stream
+    torch.rand(3, device=cuda)
+    assert torch.ones(3, device=cuda).sum().item() == 3
+
+
+@gpu
+@pytest.mark.slow
+def test_compiled_and_captured(cuda: torch.device) -> None:
+    model = tiny_llama().to(cuda)
+    assert tokens(model, compile=True) == tokens(model, graph=False)
+    sampled = {"sampling": SAMPLING}
+    assert tokens(model, compile=True, **sampled) == tokens(model, graph=False, **sampled)
