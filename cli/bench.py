@@ -38,6 +38,9 @@ shapes_option = click.option(
     help="Of the weight.  [repeatable]",
 )
 bits_option = click.option("--bits", default=3, show_default=True, help="Bits of a weight code.")
+outliers_option = click.option(
+    "--outliers", default=0.01, show_default=True, help="Share of the weights."
+)
 threads_option = click.option("--threads", type=int, help="On a CPU.  [default: one a core]")
 
 
@@ -53,7 +56,7 @@ def bench() -> None:
 @click.option(
     "--batch", "batches", multiple=True, default=[1], show_default="1", help="Inputs.  [repeatable]"
 )
-@click.option("--outliers", default=0.01, show_default=True, help="Share of the weights.")
+@outliers_option
 @threads_option
 def matmul(as_json: bool, **settings: Any) -> None:
     """Time y = W x from the compressed weight, beside torch's fp32 and bf16.
@@ -83,6 +86,37 @@ def quantize(as_json: bool, **settings: Any) -> None:
     --shape also takes llama2-7b or llama2-70b: a whole decoder block of that shape.
     """
     from spqr_numba.bench.quantize import measure
+
+    _emit(measure(**settings), as_json)
+
+
+@bench.command(cls=Command)
+@device_option
+@click.option(
+    "--shape",
+    metavar="llama2-7b|llama2-70b|MODEL",
+    help="A random model of this shape, or a model and a random twin.  [default: the bundled one]",
+)
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(["eager", "graph", "compiled"]),
+    multiple=True,
+    help="How decode steps run.  [default: graph and compiled, on a CPU eager]  [repeatable]",
+)
+@bits_option
+@outliers_option
+@click.option("--prompt-tokens", default=64, show_default=True, help="Tokens of the prompt.")
+@click.option("--new-tokens", default=128, show_default=True, help="Tokens behind it.")
+@click.option("--dense/--no-dense", default=True, help="Measure the dense model too.")
+@threads_option
+def generate(as_json: bool, **settings: Any) -> None:
+    """Time a model that continues a prompt, beside the same model dense.
+
+    Tokens a second are those at full speed; `ready s` is what passes from the prompt until then,
+    the first time and again.
+    """
+    from spqr_numba.bench.generate import measure
 
     _emit(measure(**settings), as_json)
 

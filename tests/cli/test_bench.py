@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,28 @@ def test_matmul_wants_the_shape_of_a_weight(run: Run) -> None:
     result = run("bench matmul --shape llama2-7b")
     assert result.exit_code == 1
     assert "give ROWSxCOLUMNS" in result.stderr
+
+
+def test_generate_prints_a_row_a_model(run: Run, dense: Path) -> None:
+    line = f"bench generate --shape {dense} --prompt-tokens 4 --new-tokens 16"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    header, *rows = result.stdout.splitlines()
+    assert "tokens/s" in header
+    assert [row.split()[:2] for row in rows] == [["spqr", "eager"], ["dense", "eager"]]
+    [row] = json.loads(run(line + " --no-dense --json").stdout)
+    assert row["x dense"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--shape nowhere/at/all", 1, "there is no model folder"),
+        ("--new-tokens 3", 1, "too short to measure"),
+        ("--engine steam", 2, "'steam' is not one of"),
+    ],
+)
+def test_generate_refuses(run: Run, options: str, code: int, message: str) -> None:
+    result = run(f"bench generate {options}")
+    assert result.exit_code == code
+    assert message in result.stderr
