@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from spqr_numba.config import PERMUTATIONS, PRESETS, SpqrConfig
+from spqr_numba.config import FITS, PERMUTATIONS, PRESETS, SpqrConfig
 
 __all__ = [
     "calibration_options",
@@ -192,6 +192,12 @@ config_options = _apply(
             "--qq_zero_bits",
             type=int,
             help="Bits of a zero; 16 keeps it in fp16.",
+        ),
+        _setting(
+            "fit",
+            "--fit",
+            type=click.Choice(FITS),
+            help="How scales and zeros are chosen: joint is closer at equal bits.",
         ),
         _setting(
             "outlier_threshold",

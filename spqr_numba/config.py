@@ -16,6 +16,7 @@ GROUP_SIZES = (8, 16, 32, 64, 128)
 STATS_GROUP_SIZES = (8, 16, 32, 64, 128)
 STATISTICS_BITS = (2, 3, 4, 16)
 PERMUTATIONS = ("act-order", "identity", "spearman")
+FITS = ("min-max", "joint")
 OUTLIER_SEARCHES = ("leave-one-out", "simplified")
 FACTORIZATION_FALLBACKS = ("error", "round-to-nearest")
 MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential")
@@ -33,6 +34,9 @@ class SpqrConfig:
     stats_group_size     rows whose scales (and zeros) share second-level statistics [beta_2]
     scale_bits           bits of a scale code: 2, 3, 4, or 16 for plain fp16 scales [b_s]
     zero_bits            the same for zeros [b_z]
+    fit                  "min-max" fits scale and zero to a group's range and makes each a code for
+                         itself, as the paper does; "joint" chooses both, and their statistics, by
+                         the error that they leave
     outlier_threshold    a weight is kept in fp16 where its Hessian-weighted error exceeds this
                          share of the mean; None keeps no outliers [tau]
     outlier_search       "leave-one-out" finds outliers before a group's grid is fitted,
@@ -55,6 +59,7 @@ class SpqrConfig:
     stats_group_size: int = 16
     scale_bits: int = 3
     zero_bits: int = 3
+    fit: str = "min-max"
     outlier_threshold: float | None = 0.2
     outlier_search: str = "leave-one-out"
     permutation: str = "act-order"
@@ -146,6 +151,7 @@ class SpqrConfig:
         self._check_member("stats_group_size", STATS_GROUP_SIZES)
         self._check_member("scale_bits", STATISTICS_BITS)
         self._check_member("zero_bits", STATISTICS_BITS)
+        self._check_member("fit", FITS)
         self._check_member("outlier_search", OUTLIER_SEARCHES)
         self._check_member("permutation", PERMUTATIONS)
         self._check_member("on_failed_factorization", FACTORIZATION_FALLBACKS)
@@ -164,6 +170,8 @@ class SpqrConfig:
             raise ConfigError(f"{name} is {value!r}; it must be one of {choices}")
 
     def _check_combinations(self) -> None:
+        if self.fit == "joint":
+            self._check_joint()
         if self.use_hessian:
             return
         if self.outlier_threshold is not None:
@@ -178,6 +186,16 @@ class SpqrConfig:
             )
         if self.true_sequential:
             raise ConfigError("true_sequential calibrates, and use_hessian=False does not")
+
+    def _check_joint(self) -> None:
+        for name in ("scale_bits", "zero_bits"):
+            if getattr(self, name) == 16:
+                raise ConfigError(
+                    f"fit='joint' chooses among the codes of scales and zeros, and {name} is 16,"
+                    " which has none; use 2, 3 or 4, or fit='min-max'"
+                )
+        if self.round_zero:
+            raise ConfigError("fit='joint' chooses zeros that round_zero would change; drop one")
 
     def _check_patterns(self) -> None:
         for pattern in (*self.skip, *(p for p, _ in self.overrides)):

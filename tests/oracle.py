@@ -128,6 +128,16 @@ def leave_one_out(group: np.ndarray, diagonal: np.ndarray, bits: int) -> np.ndar
     return gains
 
 
+def storable(step: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Step and base of one stats block in fp16; the smaller is 0 where it could not matter."""
+    step, base = fp16(step), fp16(base)
+    if step < abs(base) * 2**-12:  # too unequal for an exact sum in fp32: layout.py
+        step *= 0
+    elif abs(base) < step * 2**-8:
+        base *= 0
+    return step, base
+
+
 def second_level(statistics: np.ndarray, bits: int, block: int) -> np.ndarray:
     """What scales (or zeros) [m] decode to once quantized in blocks of rows."""
     if bits == 16:
@@ -135,27 +145,116 @@ def second_level(statistics: np.ndarray, bits: int, block: int) -> np.ndarray:
     decoded = np.empty_like(statistics)
     for start in range(0, len(statistics), block):
         part = statistics[start : start + block]
-        base = fp16(part.min())
-        step = fp16((part.max() - part.min()) / (2**bits - 1))
-        if step < abs(base) * 2**-12:  # too unequal for an exact sum in fp32: layout.py
-            step *= 0
-        elif abs(base) < step * 2**-8:
-            base *= 0
+        step, base = storable((part.max() - part.min()) / (2**bits - 1), part.min())
         codes = np.clip(np.rint((part - base) / step), 0, 2**bits - 1) if step else 0 * part
         decoded[start : start + block] = fp16(codes * step + base)
     return decoded
 
 
 def fit_group(
-    group: np.ndarray, candidates: np.ndarray, config: SpqrConfig
+    group: np.ndarray,
+    candidates: np.ndarray,
+    diagonal: np.ndarray,
+    threshold: float,
+    config: SpqrConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scales and zeros [m] of one group, as the checkpoint will hold them."""
     scales, zeros = min_max(group, candidates, config.bits, config.round_zero)
     block = config.stats_group_size
+    if config.fit == "joint":
+        for start in range(0, len(group), block):
+            rows = slice(start, start + block)
+            scales[rows], zeros[rows] = JointFit(
+                group[rows], diagonal, threshold, scales[rows], zeros[rows], config
+            ).run()
+        return scales, zeros
     return (
         second_level(scales, config.scale_bits, block),
         second_level(zeros, config.zero_bits, block),
     )
+
+
+class JointFit:
+    """The joint fit (kernels/joint.py) of one group of one stats block: weights [rows, width]."""
+
+    def __init__(
+        self,
+        weights: np.ndarray,
+        diagonal: np.ndarray,
+        threshold: float,
+        scales: np.ndarray,
+        zeros: np.ndarray,
+        config: SpqrConfig,
+    ) -> None:
+        self.weights, self.threshold, self.bits = weights, threshold, config.bits
+        self.importance = 1 / diagonal**2
+        self.codes = np.arange(2**config.scale_bits), np.arange(2**config.zero_bits)
+        self.start = tuple(
+            storable((part.max() - part.min()) / codes[-1], part.min())
+            for part, codes in zip((scales, zeros), self.codes, strict=True)
+        )
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zeros [rows] as decoded."""
+        levels, (cost, pairs) = self.start, self.choose(self.start)
+        for _ in range(3):
+            others = self.refit(levels, *pairs)
+            other_cost, other_pairs = self.choose(others)
+            if not other_cost < cost:
+                break
+            levels, cost, pairs = others, other_cost, other_pairs
+        return self.decode(levels[0], pairs[0]), self.decode(levels[1], pairs[1])
+
+    @staticmethod
+    def decode(level: tuple[np.ndarray, np.ndarray], codes: np.ndarray) -> np.ndarray:
+        return fp16(codes * level[0] + level[1])
+
+    def steps(self, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+        """code - zero of every weight [rows, width]."""
+        return encode(self.weights, scale[:, None], zero[:, None], self.bits) - zero[:, None]
+
+    def terms(self, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+        """((w - w') / U)^2 of every weight [rows, width]."""
+        error = self.weights - scale[:, None] * self.steps(scale, zero)
+        return error**2 * self.importance
+
+    def choose(self, levels: tuple) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+        """What the cheapest pairs cost together, and their scale codes and zero codes."""
+        rows = len(self.weights)
+        best = np.full(rows, np.inf)
+        chosen = np.zeros((2, rows), int)
+        for scale_code in self.codes[0]:
+            scale = np.full(rows, self.decode(levels[0], scale_code))
+            for zero_code in self.codes[1]:
+                zero = np.full(rows, self.decode(levels[1], zero_code))
+                cost = np.minimum(self.terms(scale, zero), self.threshold).sum(axis=1)
+                better = (cost < best) & (scale >= 0)
+                best[better] = cost[better]
+                chosen[:, better] = [[scale_code], [zero_code]]
+        return float(best.sum()), (chosen[0], chosen[1])
+
+    def refit(self, levels: tuple, scale_codes: np.ndarray, zero_codes: np.ndarray) -> tuple:
+        """Levels by weighted least squares on what is no outlier, with all codes as they are."""
+        scale, zero = self.decode(levels[0], scale_codes), self.decode(levels[1], zero_codes)
+        v = np.where(self.terms(scale, zero) > self.threshold, 0, self.importance)
+        x = self.steps(scale, zero)
+        error = self.weights - scale[:, None] * x
+        scales = self.move(levels[0], scale_codes, (v * x**2).sum(1), (v * x * error).sum(1))
+        scale = self.decode(scales, scale_codes)
+        error = self.weights - scale[:, None] * x
+        zeros = self.move(levels[1], zero_codes, scale**2 * v.sum(1), -scale * (v * error).sum(1))
+        return scales, zeros
+
+    @staticmethod
+    def move(level: tuple, codes: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple:
+        """The level that minimises sum_i a_i d_i^2 - 2 b_i d_i, d_i the change at codes_i."""
+        if not a.sum() > 0:
+            return level
+        mean = (a * codes).sum() / a.sum()
+        spread = (a * (codes - mean) ** 2).sum()
+        step = (b * (codes - mean)).sum() / spread if spread > 1e-3 * (a * codes**2).sum() else 0
+        base = b.sum() / a.sum() - mean * step
+        return storable(level[0] + step, level[1] + base)
 
 
 # --- The whole weight
@@ -201,7 +300,9 @@ def quantize(weight: np.ndarray, hessian: np.ndarray | None, config: SpqrConfig)
             if config.outlier_search == "leave-one-out" and threshold < float("inf"):
                 gains = leave_one_out(group, diagonal[j : j + width], config.bits)
                 candidates = gains > threshold
-            scales[:, g], zeros[:, g] = fit_group(group, candidates, config)
+            scales[:, g], zeros[:, g] = fit_group(
+                group, candidates, diagonal[j : j + width], threshold, config
+            )
         codes[:, j] = encode(w[:, j], scales[:, g], zeros[:, g], config.bits)
         dense = scales[:, g] * (codes[:, j] - zeros[:, g])
         is_outlier[:, j] = ((w[:, j] - dense) / diagonal[j]) ** 2 > threshold

@@ -23,6 +23,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (config.bits, config.group_size, config.stats_group_size) == (3, 16, 16)
     assert (config.scale_bits, config.zero_bits, config.outlier_threshold) == (3, 3, 0.2)
     assert (config.permutation, config.outlier_search) == ("act-order", "leave-one-out")
+    assert (config.fit, config.damping) == ("min-max", 1.0)
     assert PRESETS["paper"] == config
 
 
@@ -40,6 +41,10 @@ def test_the_defaults_are_the_papers() -> None:
         ({"stats_group_size": None}, "stats_group_size is None"),
         ({"scale_bits": 8}, "scale_bits is 8; it must be one of 2, 3, 4, 16"),
         ({"zero_bits": 1}, "zero_bits is 1"),
+        ({"fit": "clip"}, "fit is 'clip'; it must be one of min-max, joint"),
+        ({"fit": "joint", "scale_bits": 16}, "scale_bits is 16, which has none"),
+        ({"fit": "joint", "zero_bits": 16}, "zero_bits is 16, which has none"),
+        ({"fit": "joint", "round_zero": True}, "round_zero would change"),
         ({"outlier_search": "none"}, "outlier_search is 'none'"),
         ({"permutation": "act_order"}, "permutation is 'act_order'; it must be one of act-order"),
         ({"on_failed_factorization": "ignore"}, "on_failed_factorization is 'ignore'"),
@@ -87,7 +92,7 @@ def test_an_infinite_threshold_means_no_outliers() -> None:
         SpqrConfig(outlier_threshold=math.inf, round_zero=True, permutation="spearman"),
         SpqrConfig(skip=("lm_head",), overrides=((r"\.v_proj$", {"bits": 4}), ("mlp", {}))),
     ],
-    ids=["paper", "paper-4bit", "rtn", "gptq", "no outliers", "skip and overrides"],
+    ids=[*PRESETS, "rtn", "gptq", "no outliers", "skip and overrides"],
 )
 def test_json_and_back(config: SpqrConfig) -> None:
     settings = json.loads(json.dumps(config.to_dict(), allow_nan=False))

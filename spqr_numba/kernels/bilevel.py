@@ -20,7 +20,7 @@ from numba import njit
 from .launch import compiled
 from .scalars import decoded_statistic, float_to_half, round_through_half, round_to_even
 
-__all__ = ["bilevel_reference", "quantize_statistics", "second_level", "statistic_code"]
+__all__ = ["bilevel_reference", "quantize_statistics", "second_level", "statistic_code", "storable"]
 
 STEP_BELOW_BASE = np.float32(2.0**-12)
 BASE_BELOW_STEP = np.float32(2.0**-8)
@@ -64,8 +64,13 @@ def quantize_statistics(statistics, bits, codes):
 @njit(inline="always")
 def second_level(low, high, max_code):
     """Step and base (float32 values of fp16 numbers) of statistics in [low, high]."""
-    base = round_through_half(low)
-    step = round_through_half((high - low) / max_code)
+    return storable((high - low) / max_code, low)
+
+
+@njit(inline="always")
+def storable(step, base):
+    """Step and base rounded to fp16, without the smaller where it could not matter."""
+    step, base = round_through_half(step), round_through_half(base)
     if step < STEP_BELOW_BASE * abs(base):
         step = np.float32(0)
     elif abs(base) < BASE_BELOW_STEP * step:

@@ -2,13 +2,15 @@
 
 For each column j, in permuted order, and every row i:
 
-    where a group begins    fit scale and zero (fit.py), make them bilevel (bilevel.py)
+    where a group begins    fit scale and zero (fit.py), make them bilevel (bilevel.py), or choose
+                            both together (joint.py)
     code  = clamp(round(w / scale + zero)),  w' = scale * (code - zero),  err = (w - w') / U_jj
     err^2 > T               outlier = fp16(w - w'),  w' += outlier,  err = (w - w') / U_jj
     for k > j in the block  w_ik -= err_i * U_jk
 
     weight     fp32 [n, m]      rows fastest; in: W (permuted, updated so far); out: W' in the block
     diagonal   fp32 [n]         U_jj
+    importance fp32 [n]         1 / U_jj^2
     upper      fp32 [b, b]      U of the block
     errors     fp32 [n, m]      out: err, for the one matrix product that updates the columns behind
     codes      uint8 [n, m]     out
@@ -30,9 +32,11 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from ..errors import InputError
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
+from .joint import fit_jointly
 from .launch import array_of, compiled
 from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
@@ -50,6 +54,7 @@ class ColumnLoop(NamedTuple):
 
     weight: Any
     diagonal: Any
+    importance: Any
     errors: Any
     codes: Any
     outliers: Any
@@ -86,6 +91,7 @@ class ColumnLoop(NamedTuple):
         return cls(
             weight=weight,
             diagonal=diagonal,
+            importance=diagonal.square().reciprocal(),
             errors=torch.empty_like(weight),
             codes=zeros(n, m, dtype=torch.uint8),
             outliers=zeros(n, m, dtype=halves),
@@ -112,6 +118,7 @@ class Settings(NamedTuple):
     round_zero: bool
     fit_threshold: np.float32
     threshold: np.float32
+    joint: bool
 
 
 def tile_rows(spec: MatrixSpec) -> int:
@@ -150,12 +157,13 @@ def quantize_columns(
     fit_threshold: float,
     threshold: float,
     round_zero: bool,
+    joint: bool = False,
 ) -> None:
     """Quantize columns start, start + 1, ... in place, as many as `upper` has.
 
     loop holds arrays (`ColumnLoop.arrays`). fit_threshold is T for the fit (inf: leave nothing
-    out), threshold T for the columns (inf: no outliers). Columns behind them are left to the
-    caller.
+    out), threshold T for the columns (inf: no outliers). joint chooses scales and zeros together.
+    Columns behind them are left to the caller.
     """
     settings = Settings(
         spec.bits,
@@ -167,9 +175,12 @@ def quantize_columns(
         round_zero,
         np.float32(fit_threshold),
         np.float32(threshold),
+        joint,
     )
     if upper.device.type == "cpu":
         walk_tiles(loop, upper.numpy(), start, settings)
+    elif joint:
+        raise InputError("the joint fit runs on a CPU only so far; use fit='min-max' on a GPU")
     else:
         from .columns_cuda import launch_walk
 
@@ -201,7 +212,10 @@ def walk_tile(loop, upper, start, first, settings, sums):
             group = tile[at : end - start]
             threshold = settings.fit_threshold
             fit_group(group, loop.diagonal[j:end], threshold, max_code, scale, zero)
-            store_statistics(loop, j // group_size, first, settings, scale, zero)
+            if settings.joint:
+                store_jointly(loop, j, group, first, settings, scale, zero)
+            else:
+                store_statistics(loop, j // group_size, first, settings, scale, zero)
         codes, outliers = loop.codes[j, first:last], loop.outliers[j, first:last]
         errors, diagonal = loop.errors[j, first:last], loop.diagonal[j]
         threshold = settings.threshold
@@ -238,6 +252,29 @@ def store_statistics(loop, group, first, settings, scale, zero):
             loop.zero_base[group, block : block + 1],
             loop.zero_values[group, here],
         )
+
+
+@compiled()
+def store_jointly(loop, column, weights, first, settings, scale, zero):
+    """Choose the statistics of one group and tile together, in place, and store their codes."""
+    group, importance = column // settings.group_size, loop.importance[column:]
+    for row in range(0, scale.size, settings.stats_group_size):
+        end = min(row + settings.stats_group_size, scale.size)
+        block = (first + row) // settings.stats_group_size
+        levels = fit_jointly(
+            weights[:, row:end],
+            importance,
+            settings.threshold,
+            scale[row:end],
+            zero[row:end],
+            loop.scale_codes[group, first + row : first + end],
+            loop.zero_codes[group, first + row : first + end],
+            (settings.bits, settings.scale_bits, settings.zero_bits),
+        )
+        loop.scale_step[group, block] = float_to_half(levels.scale_step)
+        loop.scale_base[group, block] = float_to_half(levels.scale_base)
+        loop.zero_step[group, block] = float_to_half(levels.zero_step)
+        loop.zero_base[group, block] = float_to_half(levels.zero_base)
 
 
 @compiled()

@@ -173,7 +173,16 @@ def walk_columns(
     for start in range(0, n, width):
         block = slice(start, min(start + width, n))
         upper = diagonal_block(factor.upper, block, current.device)
-        quantize_columns(arrays, spec, upper, start, fit_threshold, threshold, config.round_zero)
+        quantize_columns(
+            arrays,
+            spec,
+            upper,
+            start,
+            fit_threshold,
+            threshold,
+            config.round_zero,
+            config.fit == "joint",
+        )
         if factor.upper is not None:
             behind = factor.upper[block, block.stop :]
             current[block.stop :].addmm_(behind.T, loop.errors[block], alpha=-1)

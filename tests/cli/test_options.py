@@ -52,6 +52,7 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
         ("--round_zero 1", SpqrConfig(round_zero=True)),
         ("--round_zero 0", SpqrConfig()),
         ("--permutation spearman", SpqrConfig(permutation="spearman")),
+        ("--fit joint", SpqrConfig(fit="joint")),
         ("--perchannel --skip_out_loss", SpqrConfig()),
         ("--skip lm --skip head", SpqrConfig(skip=("lm", "head"))),
         (

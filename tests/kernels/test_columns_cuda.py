@@ -92,6 +92,7 @@ def simulate(name: str) -> columns.ColumnLoop:
         config.round_zero,
         np.float32(fit_threshold),
         np.float32(threshold),
+        False,
     )
     threads = tile_rows, columns_cuda.THREADS // tile_rows
     kernel = columns_cuda.walk_kernel(tile_rows)[columns.tiles(spec), threads]
@@ -164,7 +165,7 @@ def signature() -> tuple[Any, ...]:
         torch.uint16: types.uint16,
     }
     arrays = [types.Array(numbers[tensor.dtype], tensor.ndim, "C") for tensor in loop]
-    settings = [types.int64] * 6 + [types.boolean] + [types.float32] * 2
+    settings = [types.int64] * 6 + [types.boolean] + [types.float32] * 2 + [types.boolean]
     return (
         types.NamedTuple(arrays, columns.ColumnLoop),
         types.Array(types.float32, 2, "C"),

@@ -25,6 +25,7 @@ from ..problems import Problem, make_problem
 
 OFF = {"outlier_threshold": None}
 SIMPLIFIED = {"outlier_search": "simplified"}
+JOINT = {"fit": "joint"}
 RTN = {"use_hessian": False, "permutation": "identity", **OFF}
 
 # (rows, columns), settings. The bits come in few combinations: decoding is compiled for each.
@@ -41,6 +42,19 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "round zero": ((96, 160), {"round_zero": True}),
     "little damping": ((96, 160), {"damping": 0.01}),
     "many outliers": ((96, 96), {"outlier_threshold": 0.01}),
+    "joint": ((96, 160), JOINT),
+    "joint, no outliers": ((96, 160), {**JOINT, **OFF}),
+    "joint, simplified, little damping": ((96, 160), {**JOINT, **SIMPLIFIED, "damping": 0.1}),
+    "joint, ragged": ((83, 147), JOINT),
+    "joint, 2 bit, 8/64": (
+        (96, 160),
+        {**JOINT, **TWO, "group_size": 8, "stats_group_size": 64},
+    ),
+    "joint, 4 bit, 32/8": ((96, 160), {**JOINT, **FOUR, "group_size": 32, "stats_group_size": 8}),
+    "joint, 8 bit, whole row": ((64, 200), {**JOINT, **EIGHT, "group_size": None}),
+    "joint, rtn": ((96, 160), {**JOINT, **RTN}),
+    "joint, one row": ((1, 603), JOINT),
+    "joint, one column": ((1203, 1), JOINT),
     "2 bit, 8/64": ((96, 160), {**TWO, "group_size": 8, "stats_group_size": 64}),
     "2 bit, off": ((96, 160), {**TWO, **OFF}),
     "2 bit, spearman rtn": ((96, 96), {**TWO, **RTN, "permutation": "spearman"}),
