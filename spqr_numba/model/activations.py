@@ -87,6 +87,17 @@ class Activations:
             states.pin_memory() if offload and windows.is_cuda else states, batch_size, calls
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the states are on a GPU."""
+        return self.states.is_cuda
+
+    def in_main_memory(self) -> torch.Tensor:
+        """The states [windows, L, d] in main memory; a copy, where they are on a GPU."""
+        if not self.on_gpu:
+            return self.states
+        return torch.empty_like(self.states, device="cpu", pin_memory=True).copy_(self.states)
+
     def run_first(self, block: nn.Module, index: int) -> None:
         """Run block `index` on the first window alone: what its hooks see, all windows will."""
         self._run(block, index, self.states[:1])

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import CheckpointError
 from .source import CONFIG_FILE, INDEX_FILE
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "WriteBehind"]
 
 PROGRESS_FILE = "progress.json"
 HIDDEN = "hidden"
@@ -175,6 +176,35 @@ class CheckpointWriter:
                     " command again: it continues behind the last finished block"
                 ) from error
             raise CheckpointError(f"cannot {action} in {self.partial}: {error}") from error
+
+
+class WriteBehind:
+    """Writes a block while the next one is worked on: for a GPU, to which a disk is slow.
+
+    A killed run loses the block that is being written with the one in flight.
+    """
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, "spqr-writer")
+        self._written: Future[None] | None = None
+
+    def write_block(
+        self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None
+    ) -> None:
+        """Begin with `CheckpointWriter.write_block`; nothing may change the tensors meanwhile."""
+        self.wait()
+        self._written = self._thread.submit(self._writer.write_block, index, tensors, hidden)
+
+    def wait(self) -> None:
+        """Until all is written. Raises CheckpointError where it cannot be."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+    def close(self) -> None:
+        """End the thread, when it has written what it was given."""
+        self._thread.shutdown()
 
 
 def check_free(out: Path, overwrite: bool) -> None:

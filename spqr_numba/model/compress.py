@@ -9,9 +9,9 @@
         write the block
     write the rest as it is
 
-Only the hidden states and one block are in memory; for a GPU, the next block is read meanwhile.
-Pass 1 stops at the last linear, whose output nobody needs; the last block has no pass 2; rounding
-to nearest has no pass at all.
+Only the hidden states and one block are in memory; for a GPU, the next block is read and the one
+before is written meanwhile. Pass 1 stops at the last linear, whose output nobody needs; the last
+block has no pass 2; rounding to nearest has no pass at all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, plan
 from .calibration import load_tokens, sample_windows, window_length
-from .checkpoint import CheckpointWriter, check_free
+from .checkpoint import CheckpointWriter, WriteBehind, check_free
 from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
 from .report import (
@@ -100,8 +100,8 @@ def compress(
     progress     a bar over the blocks
 
     A run that is killed leaves `<out>.partial`, and the same call continues it behind the last
-    finished block. Raises CheckpointError, ModelError, DataError, ConfigError or NumericsError for
-    what their names say.
+    block that was written. Raises CheckpointError, ModelError, DataError, ConfigError or
+    NumericsError for what their names say.
     """
     out = Path(out).expanduser()
     check_free(out, overwrite)
@@ -117,7 +117,7 @@ def compress(
             job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
-    with torch.no_grad(), closing(job.weights):
+    with torch.no_grad(), closing(job.weights), closing(job.behind):
         return job.run(_Silent() if progress is None else progress)
 
 
@@ -184,6 +184,7 @@ class Compression:
         self.writer = CheckpointWriter(
             out, len(self.blocks), self.fingerprint(), overwrite=overwrite
         )
+        self.behind = WriteBehind(self.writer)
         self.rows = read_rows(self.writer.read_text(LAYERS_FILE))
 
     def fingerprint(self) -> str:
@@ -213,6 +214,7 @@ class Compression:
             self._compress_block(index, activations)
             progress.update(1)
         with self.clock("write"):
+            self.behind.wait()
             self._write_rest()
         return self._report()
 
@@ -246,14 +248,21 @@ class Compression:
         quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
         results = quantizer.quantize(activations, self.config.true_sequential)
         if activations is not None and not last:
+            with self.clock("write"):
+                if not activations.on_gpu:
+                    self.behind.wait()  # it writes these very states
             with self.clock("forward"):
                 activations.advance(block, index)
         release(self.model, stored)
         with self.clock("write"):
             self.rows += [self._row(layer, result) for layer, result in results.items()]
+            tensors = self._block_tensors(stored, results)
+            self.behind.wait()
             self.writer.write_text(LAYERS_FILE, rows_to_csv(self.rows))
-            hidden = None if activations is None or last else activations.states
-            self.writer.write_block(index, self._block_tensors(stored, results), hidden)
+            hidden = None if activations is None or last else activations.in_main_memory()
+            self.behind.write_block(index, tensors, hidden)
+            if self.device.type == "cpu":  # where a block takes longer than its file
+                self.behind.wait()
 
     def _stored(self, index: int) -> list[str]:
         """Names of everything in block `index`."""

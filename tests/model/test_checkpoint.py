@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import threading
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 
 from spqr_numba.errors import CheckpointError
 from spqr_numba.model import checkpoint
-from spqr_numba.model.checkpoint import CheckpointWriter
+from spqr_numba.model.checkpoint import CheckpointWriter, WriteBehind
 
 
 def block(index: int) -> dict[str, torch.Tensor]:
@@ -161,3 +163,35 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot make the folder in"):
         CheckpointWriter(tmp_path / "file" / "out", 1, "a")
+
+
+class Recorder:
+    """Takes blocks in the place of a CheckpointWriter, once its gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.written: list[int] = []
+
+    def write_block(self, index: int, tensors: object, hidden: object) -> None:
+        self.gate.wait()
+        if index == 2:
+            raise CheckpointError("no space left")
+        self.written.append(index)
+
+
+def test_blocks_are_written_behind_in_their_order() -> None:
+    recorder = Recorder()
+    with closing(WriteBehind(cast("CheckpointWriter", recorder))) as behind:
+        behind.wait()
+        behind.write_block(0, {}, None)
+        assert recorder.written == []
+        recorder.gate.set()
+        behind.write_block(1, {}, None)
+        assert recorder.written[0] == 0
+        behind.wait()
+        assert recorder.written == [0, 1]
+        behind.write_block(2, {}, None)
+        with pytest.raises(CheckpointError, match="no space left"):
+            behind.write_block(3, {}, None)
+        behind.write_block(4, {}, None)
+    assert recorder.written == [0, 1, 4]
