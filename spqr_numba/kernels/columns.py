@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from ..errors import InputError
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
@@ -179,8 +178,6 @@ def quantize_columns(
     )
     if upper.device.type == "cpu":
         walk_tiles(loop, upper.numpy(), start, settings)
-    elif joint:
-        raise InputError("the joint fit runs on a CPU only so far; use fit='min-max' on a GPU")
     else:
         from .columns_cuda import launch_walk
 

@@ -28,6 +28,7 @@ from ..format.layout import UNQUANTIZED_BITS
 from .bilevel import second_level, statistic_code
 from .columns import BLOCK_COLUMNS, ColumnLoop, Settings, quantize_element
 from .fit import error_sum, extremes, grid_of, kept_range
+from .joint_cuda import joint_function
 from .launch import array_of, numba_cuda, stream_of
 from .scalars import (
     decoded_statistic,
@@ -56,14 +57,16 @@ def launch_walk(
 ) -> None:
     """Walk columns start ... start + len(upper) - 1 of all tiles on torch's current stream."""
     width = settings.tile_rows
-    launch = walk_kernel(width)[tiles, (width, THREADS // width), stream_of(upper.device)]
+    kernel = walk_kernel(width, settings.joint)
+    launch = kernel[tiles, (width, THREADS // width), stream_of(upper.device)]
     launch(loop, array_of(upper), start, settings)
 
 
 @cache
-def walk_kernel(width: int) -> Any:
-    """kernel(loop, upper, start, settings), for tiles of `width` rows and any settings."""
-    fit, propagate = fit_function(width), propagate_function(width)
+def walk_kernel(width: int, joint: bool = False) -> Any:
+    """kernel(loop, upper, start, settings), for tiles of `width` rows and any other settings."""
+    fit = joint_fit_function(width) if joint else fit_function(width)
+    propagate = propagate_function(width)
     block_columns = columns_in_shared_memory(width)
     tile_rows, parts = np.uint32(width), np.uint32(THREADS // width)
 
@@ -129,23 +132,13 @@ def propagate_function(width: int) -> Any:
 
 def fit_function(width: int) -> Any:
     """fit(...) -> scale, zero of this thread's row for the group of columns j ... end - 1."""
-    range_of, store = range_function(width), store_function(width)
+    start, store = start_function(width), store_function(width)
 
     @cuda.jit(device=True)
     def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
-        lane = np.uint32(cuda.threadIdx.x)
-        if end <= stop:
-            low, high = range_of(tile, at, lane, loop.diagonal, j, end, settings, max_code)
-        else:  # the group begins where the block does, and is still as it was
-            low, high = range_of(loop.weight, j, row, loop.diagonal, j, end, settings, max_code)
-        scale, zero = grid_of(low, high, max_code)
-        if settings.round_zero:
-            zero = round_to_even(zero)
-        scales[lane] = scale
-        zeros[lane] = zero
-        cuda.syncthreads()
+        start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
         rows, block_rows = np.uint32(loop.weight.shape[1]), np.uint32(settings.stats_group_size)
         scale = store(
             scales,
@@ -172,6 +165,50 @@ def fit_function(width: int) -> Any:
         return scale, zero
 
     return fit
+
+
+def joint_fit_function(width: int) -> Any:
+    """fit(...), as that of `fit_function`, of scales and zeros that are chosen together."""
+    start, fit_jointly = start_function(width), joint_function(width, THREADS // width)
+    tile_rows = np.uint32(width)
+
+    @cuda.jit(device=True)
+    def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
+        scales = cuda.shared.array(width, np.float32)
+        zeros = cuda.shared.array(width, np.float32)
+        start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
+        rows = np.uint32(loop.weight.shape[1] - np.uint32(cuda.blockIdx.x * tile_rows))
+        lane, count = np.uint32(cuda.threadIdx.x), np.uint32(end - j)
+        if end <= stop:
+            return fit_jointly(
+                loop, tile, at, lane, j, count, group, settings, scales, zeros, rows, stores
+            )
+        return fit_jointly(
+            loop, loop.weight, j, row, j, count, group, settings, scales, zeros, rows, stores
+        )
+
+    return fit
+
+
+def start_function(width: int) -> Any:
+    """start(...): the min-max fit of every row of the tile, into scales and zeros [width]."""
+    range_of = range_function(width)
+
+    @cuda.jit(device=True)
+    def start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros):
+        lane = np.uint32(cuda.threadIdx.x)
+        if end <= stop:
+            low, high = range_of(tile, at, lane, loop.diagonal, j, end, settings, max_code)
+        else:  # the group begins where the block does, and is still as it was
+            low, high = range_of(loop.weight, j, row, loop.diagonal, j, end, settings, max_code)
+        scale, zero = grid_of(low, high, max_code)
+        if settings.round_zero:
+            zero = round_to_even(zero)
+        scales[lane] = scale
+        zeros[lane] = zero
+        cuda.syncthreads()
+
+    return start
 
 
 def range_function(width: int) -> Any:

@@ -181,7 +181,7 @@ def row_moments(
     """Sums of v, v x, v x^2, v e and v x e: v = 1 / U_kk^2, x = code - zero, e = w - w'."""
     v = vx = vxx = ve = vxe = np.float32(0)
     for k in range(count):
-        weight, factor = weights[first + k, lane], importance[column + k]
+        weight, factor = weights[np.uint32(first + k), lane], importance[np.uint32(column + k)]
         term, error, step = error_term(weight, scale, inverse, zero, factor, max_code)
         if not term > threshold:
             v += factor

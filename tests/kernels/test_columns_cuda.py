@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 
 from spqr_numba.config import SpqrConfig
 from spqr_numba.format.layout import MatrixSpec
-from spqr_numba.kernels import columns
+from spqr_numba.kernels import columns, joint
+from spqr_numba.kernels.joint import Levels
 
 needs_numba_cuda = pytest.mark.skipif(
     find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
@@ -33,6 +35,10 @@ CASES: dict[str, tuple[tuple[int, int], int, float, float, dict[str, Any]]] = {
     "8/8": ((35, 40), 24, THRESHOLD, THRESHOLD, {"group_size": 8, "stats_group_size": 8}),
     "whole row, fp16": (
         (33, 24), 12, INF, THRESHOLD, {"group_size": None, "scale_bits": 16, "zero_bits": 16},
+    ),
+    "joint": ((20, 40), 16, THRESHOLD, THRESHOLD, {"fit": "joint"}),
+    "joint, 8/8, whole row": (
+        (35, 24), 12, INF, INF, {"fit": "joint", "group_size": None, "stats_group_size": 8},
     ),
     "round zero": ((9, 20), 16, THRESHOLD, INF, {"round_zero": True, "bits": 4}),
 }  # fmt: skip
@@ -62,21 +68,54 @@ def walk(name: str, device: str = "cpu") -> columns.ColumnLoop:
     for start in range(0, spec.in_features, width):
         block = upper[start : start + width, start : start + width].contiguous().to(device)
         columns.quantize_columns(
-            arrays, spec, block, start, fit_threshold, threshold, config.round_zero
+            arrays,
+            spec,
+            block,
+            start,
+            fit_threshold,
+            threshold,
+            config.round_zero,
+            config.fit == "joint",
         )
     return columns.ColumnLoop(*(tensor.cpu() for tensor in loop))
+
+
+# compiled functions whose results the simulator adds up: called from Python they return float64
+SUMMED_OUTSIDE = (
+    "starting_levels",
+    "refitted",
+    "grid_of_pair",
+    "cost_of_nothing",
+    "error_term",
+    "row_moments",
+)
+
+
+def in_float32(function: Callable) -> Callable:
+    """A function from Python that returns float32 numbers, as it does inside compiled code."""
+
+    def call(*arguments: Any) -> Any:
+        found = function(*arguments)
+        if not isinstance(found, tuple):
+            return np.float32(found)
+        return Levels(*map(np.float32, found)) if len(found) == 4 else tuple(map(np.float32, found))
+
+    return call
 
 
 def simulate(name: str) -> columns.ColumnLoop:
     """`walk`, by the CUDA kernel in the simulator; only where NUMBA_ENABLE_CUDASIM=1."""
     from numba import njit
 
-    from spqr_numba.kernels import columns_cuda, scalars
+    from spqr_numba.kernels import columns_cuda, joint_cuda, scalars
 
     columns_cuda.THREADS = 64  # each is a thread of the operating system
     columns_cuda.product = njit(lambda one, other: scalars.product(one, other))
     columns_cuda.float_to_half = njit(lambda value: scalars.float_to_half(value))
     columns_cuda.round_to_even = njit(lambda value: scalars.round_to_even(value))
+    joint_cuda.float_to_half = columns_cuda.float_to_half
+    for name_of in SUMMED_OUTSIDE:
+        setattr(joint_cuda, name_of, in_float32(getattr(joint, name_of)))
     shape, width, fit_threshold, threshold, settings = CASES[name]
     config = SpqrConfig(**settings)
     loop, upper, spec = make_loop(*shape, config)
@@ -92,10 +131,10 @@ def simulate(name: str) -> columns.ColumnLoop:
         config.round_zero,
         np.float32(fit_threshold),
         np.float32(threshold),
-        False,
+        config.fit == "joint",
     )
     threads = tile_rows, columns_cuda.THREADS // tile_rows
-    kernel = columns_cuda.walk_kernel(tile_rows)[columns.tiles(spec), threads]
+    kernel = columns_cuda.walk_kernel(tile_rows, chosen.joint)[columns.tiles(spec), threads]
     for start in range(0, spec.in_features, width):
         block = upper[start : start + width, start : start + width].contiguous()
         kernel(loop.arrays(), block.numpy(), start, chosen)
@@ -115,7 +154,7 @@ def assert_same_bits(ours: columns.ColumnLoop, theirs: columns.ColumnLoop) -> No
 def test_same_bits_in_the_simulator() -> None:
     script = (
         f"from {__name__} import *\n"
-        "for name in ('paper', 'whole row, fp16'):\n"
+        "for name in ('paper', 'whole row, fp16', 'joint', 'joint, 8/8, whole row'):\n"
         "    assert_same_bits(walk(name), simulate(name))\n"
     )
     environment = os.environ | {
@@ -136,7 +175,10 @@ def test_same_bits_on_a_gpu(name: str) -> None:
 @needs_numba_cuda
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("width", [32, 64, 128])
-def test_ptx(width: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("joint_fit", [False, True], ids=["min-max", "joint"])
+def test_ptx(
+    joint_fit: bool, width: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No float64, nothing in local memory, and no product fused that must be rounded."""
     from numba import cuda
     from numba.cuda import dispatcher
@@ -145,12 +187,13 @@ def test_ptx(width: int, capability: tuple[int, int], monkeypatch: pytest.Monkey
 
     device = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
-    kernel = walk_kernel.__wrapped__(width)
+    kernel = walk_kernel.__wrapped__(width, joint_fit)
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature(), cc=capability)
     assert ".f64" not in ptx
     assert ".local" not in ptx
     assert set(re.findall(r"fma\S*", ptx)) <= {"fma.rn.f32"}
-    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2  # decoding a scale, decoding a zero
+    if not joint_fit:
+        assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2  # decoding a scale, decoding a zero
 
 
 def signature() -> tuple[Any, ...]:

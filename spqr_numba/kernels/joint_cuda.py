@@ -1,0 +1,180 @@
+"""The joint fit on a GPU: the CUDA twin of joint.py, a device function of columns_cuda.py.
+
+A block of threads holds one tile of rows, that is one stats block or several: threadIdx.x is the
+row in the tile (`lane`), and the threads of one row (threadIdx.y, `part`) share the pairs of codes
+between them. In shared memory:
+
+    part_costs  fp32 [parts, width]     of the cheapest pair that each part found
+    part_pairs  uint32 [parts, width]   and that pair
+    costs       fp32 [width]            of the pair that each row takes
+    pairs       uint32 [width]
+    moments     fp32 [5, width]         what a refit knows of each row
+
+Sums run over the same terms in the same order as on a CPU, and the threads of a stats block all
+come to the same statistics from the same numbers. Barriers wait for all threads, so a stats block
+whose refit was dropped tries it again, and drops it again, while the others of its tile go on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .joint import (
+    REFITS,
+    codes_of_pair,
+    cost_of_nothing,
+    error_term,
+    grid_of_pair,
+    refitted,
+    row_moments,
+    starting_levels,
+)
+from .launch import numba_cuda
+from .scalars import float_to_half
+
+__all__ = ["joint_function"]
+
+cuda = numba_cuda()
+
+MOMENTS = np.uint32(5)
+
+
+def joint_function(width: int, parts: int) -> Any:
+    """fit_jointly(...) -> scale, zero of this thread's row; codes and levels are stored.
+
+    The group is weights[first + k, column], k < count, from column j of the weight on. scales and
+    zeros [width] are the min-max fits of the tile's rows, rows the number of those there are.
+    """
+    choose, remember = choose_function(width, parts), remember_function()
+    store = store_function(width)
+
+    @cuda.jit(device=True)
+    def fit_jointly(
+        loop, weights, first, column, j, count, group, settings, scales, zeros, rows, stores
+    ):
+        moments = cuda.shared.array((5, width), np.float32)
+        pairs = cuda.shared.array(width, np.uint32)
+        block_rows = np.uint32(settings.stats_group_size)
+        lane = np.uint32(cuda.threadIdx.x)
+        begin = np.uint32(lane - lane % block_rows)
+        end = min(np.uint32(begin + block_rows), rows)
+        bits = settings.bits, settings.scale_bits, settings.zero_bits
+        importance, threshold = loop.importance, settings.threshold
+        low_scale, high_scale = bounds(scales, begin, end)
+        low_zero, high_zero = bounds(zeros, begin, end)
+        levels = starting_levels(low_scale, high_scale, low_zero, high_zero, bits)
+        cost, pair = choose(
+            weights, first, column, j, count, importance, threshold, levels, bits, begin, end
+        )
+        for _ in range(REFITS):
+            remember(
+                weights, first, column, j, count, importance, threshold, levels, bits, pair,
+                moments, pairs,
+            )  # fmt: skip
+            others = refitted(levels, moments, pairs, begin, end, bits)
+            other_cost, other_pair = choose(
+                weights, first, column, j, count, importance, threshold, others, bits, begin, end
+            )
+            if other_cost < cost:
+                levels, cost, pair = others, other_cost, other_pair
+        if stores:
+            store(loop, group, pair, levels, bits, block_rows)
+        scale, _, zero = grid_of_pair(pair, levels, bits)
+        return scale, zero
+
+    return fit_jointly
+
+
+@cuda.jit(device=True)
+def bounds(statistics, begin, end):
+    """Least and greatest of statistics[begin ... end - 1]."""
+    low = high = statistics[begin]
+    for row in range(np.uint32(begin + 1), end):
+        low = min(low, statistics[row])
+        high = max(high, statistics[row])
+    return low, high
+
+
+def choose_function(width: int, parts: int) -> Any:
+    """choose(...) -> what the stats block begin ... end - 1 costs, and the pair of this row."""
+    stride = np.uint32(parts)
+
+    @cuda.jit(device=True)
+    def choose(weights, first, column, j, count, importance, threshold, levels, bits, begin, end):
+        part_costs = cuda.shared.array((parts, width), np.float32)
+        part_pairs = cuda.shared.array((parts, width), np.uint32)
+        costs = cuda.shared.array(width, np.float32)
+        lane, part = np.uint32(cuda.threadIdx.x), np.uint32(cuda.threadIdx.y)
+        max_code = np.float32((1 << bits[0]) - 1)
+        best, best_pair = np.float32(np.inf), part
+        for number in range(part, np.uint32(1 << (bits[1] + bits[2])), stride):
+            scale, inverse, zero = grid_of_pair(number, levels, bits)
+            cost = cost_of_nothing(scale)
+            for k in range(count):
+                weight = weights[np.uint32(first + k), column]
+                factor = importance[np.uint32(j + k)]
+                term = error_term(weight, scale, inverse, zero, factor, max_code)[0]
+                cost += min(term, threshold)
+            if cost < best:
+                best, best_pair = cost, np.uint32(number)
+        part_costs[part, lane] = best
+        part_pairs[part, lane] = best_pair
+        cuda.syncthreads()
+        best, best_pair = part_costs[np.uint32(0), lane], part_pairs[np.uint32(0), lane]
+        for other in range(np.uint32(1), stride):
+            cost, pair = part_costs[other, lane], part_pairs[other, lane]
+            if cost < best or (cost == best and pair < best_pair):
+                best, best_pair = cost, pair
+        costs[lane] = best
+        cuda.syncthreads()
+        total = np.float32(0)
+        for row in range(begin, end):
+            total += costs[row]
+        return total, best_pair
+
+    return choose
+
+
+def remember_function() -> Any:
+    """remember(...): fill moments [5, width] and pairs [width] for a refit."""
+
+    @cuda.jit(device=True)
+    def remember(
+        weights, first, column, j, count, importance, threshold, levels, bits, pair, moments, pairs
+    ):
+        lane = np.uint32(cuda.threadIdx.x)
+        if cuda.threadIdx.y == 0:
+            scale, inverse, zero = grid_of_pair(pair, levels, bits)
+            max_code = np.float32((1 << bits[0]) - 1)
+            found = row_moments(
+                weights, first, column, count, importance, j, threshold, scale, inverse, zero,
+                max_code,
+            )  # fmt: skip
+            for i in range(MOMENTS):
+                moments[i, lane] = found[i]
+            pairs[lane] = pair
+        cuda.syncthreads()
+
+    return remember
+
+
+def store_function(width: int) -> Any:
+    """store(...): keep the codes of this row and the levels of its stats block."""
+
+    @cuda.jit(device=True)
+    def store(loop, group, pair, levels, bits, block_rows):
+        lane = np.uint32(cuda.threadIdx.x)
+        row = np.uint32(cuda.blockIdx.x * np.uint32(width) + lane)
+        scale_code, zero_code = codes_of_pair(pair, bits)
+        loop.scale_codes[group, row] = scale_code
+        loop.zero_codes[group, row] = zero_code
+        if lane % block_rows == 0:
+            block = np.uint32(row // block_rows)
+            loop.scale_step[group, block] = float_to_half(levels.scale_step)
+            loop.scale_base[group, block] = float_to_half(levels.scale_base)
+            loop.zero_step[group, block] = float_to_half(levels.zero_step)
+            loop.zero_base[group, block] = float_to_half(levels.zero_base)
+
+    return store
