@@ -7,8 +7,8 @@
 A decode step of a model of N blocks is some 40 N kernels of a few microseconds each, which Python
 starts more slowly than a GPU runs them. With a static cache no shape in it changes from step to
 step, so the step and the choice behind it are captured once in a CUDA graph and replayed. The GPU
-runs one step ahead of whoever reads the tokens. Compiled, most of the 40 kernels become few; that
-takes a while, and is left to whoever has much to generate.
+runs one step ahead of whoever reads the tokens. Compiled (compiled_blocks.py), the 40 kernels are
+half as many; that takes a while, and is left to whoever has much to generate.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ __all__ = ["Decoding", "Steps", "cache_length", "decode_one_token", "make_cache"
 WARM_UP_STEPS = 2
 LEAST_REPLAYS = 8  # as many eager steps take as long as a capture
 COMPILED_LENGTH = 256  # what was compiled serves all caches up to the next multiple
-COMPILE_BACKEND = "inductor"
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Decoding:
     attention_mask  [B, cache length] int64, 0 at the padding, or None where there is none
     positions       [B, 1] int64, of the next token in its own prompt
     step            tokens in the cache, padding included
-    compiled        whether decode steps run compiled
+    around          entered around each forward of the model: what compiles its blocks
     """
 
     model: Any
@@ -55,7 +54,7 @@ class Decoding:
     attention_mask: torch.Tensor | None
     positions: torch.Tensor
     step: int
-    compiled: bool = False
+    around: AbstractContextManager[None] = field(default_factory=nullcontext)
 
 
 def cache_length(tokens: int, compiled: bool) -> int:
@@ -120,19 +119,10 @@ def _forward(state: Decoding, tokens: torch.Tensor) -> torch.Tensor:
     inputs = {"attention_mask": mask, "past_key_values": state.cache, "use_cache": True}
     if "position_ids" in inspect.signature(state.model.forward).parameters:
         inputs["position_ids"] = state.positions
-    run = _compiled_run() if state.compiled else _run
-    logits = run(state.model, tokens, inputs)
+    with state.around:
+        logits = state.model(tokens, **inputs).logits[:, -1]
     state.step += tokens.shape[1]
     return logits
-
-
-def _run(model: Any, tokens: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    return model(tokens, **inputs).logits[:, -1]
-
-
-@cache
-def _compiled_run() -> Callable[..., torch.Tensor]:
-    return torch.compile(_run, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
 
 
 class Steps:
@@ -156,7 +146,10 @@ class Steps:
         self._state, self._tokens, self._choose, self._count = state, tokens, choose, count
         self._captures = graph and count >= WARM_UP_STEPS + LEAST_REPLAYS and capturable(state)
         self._warm_up = min(count, WARM_UP_STEPS) if compiled or self._captures else 0
-        state.compiled = compiled
+        if compiled:
+            from .compiled_blocks import CompiledBlocks  # takes seconds
+
+            state.around = CompiledBlocks(state.model, state.cache)
 
     def __iter__(self) -> Iterator[list[int]]:
         started = time.perf_counter()
@@ -198,15 +191,7 @@ class Steps:
 
     def _advance(self) -> None:
         """One step and the choice behind it."""
-        try:
-            logits = decode_one_token(self._state, self._tokens)
-        except compile_errors() as error:
-            if not self._state.compiled:
-                raise
-            note(self._state.model, f"cannot be compiled: {first_line(error)}")
-            self._state.compiled = False
-            logits = decode_one_token(self._state, self._tokens)
-        self._tokens = self._choose(logits)
+        self._tokens = self._choose(decode_one_token(self._state, self._tokens))
 
     def _values(self) -> list[int]:
         return self._tokens[:, 0].tolist()  # waits for the device
@@ -277,13 +262,6 @@ def noticing_waits() -> Iterator[list[str]]:
     for warning in caught:
         if "called a synchronizing" in str(warning.message):
             waits.append(f"{Path(warning.filename).name}:{warning.lineno}")
-
-
-def compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises before anything has run; torch exports none of them."""
-    from torch._dynamo import exc
-
-    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 def first_line(error: Exception) -> str:

@@ -11,13 +11,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.cache_utils import StaticLayer
 
-from spqr_numba import decoding
+from spqr_numba import compiled_blocks, decoding
+from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.decoding import Decoding, capturable, make_cache, noticing_waits
 from spqr_numba.errors import ConfigError
 from spqr_numba.generate import generate, generate_batch
 from spqr_numba.model.integration import load_model
+from spqr_numba.nn import SpqrLinear
 from spqr_numba.sampling import Sampling
 
+from .problems import make_spec
 from .test_generate import PROMPTS, TOKENIZER, tiny_family
 from .tiny import tiny_llama
 
@@ -30,17 +33,17 @@ SAMPLING = Sampling(temperature=1.5, top_k=100, top_p=0.95, seed=3)
 def forget() -> Iterator[None]:
     """What was compiled, and said, before."""
     torch.compiler.reset()
-    decoding._compiled_run.cache_clear()
+    compiled_blocks.compiled_forward.cache_clear()
     decoding._note.cache_clear()
     yield
-    decoding._compiled_run.cache_clear()
+    compiled_blocks.compiled_forward.cache_clear()
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
-    """Steps are traced and functionalized, and not turned into machine code."""
+    """Blocks are traced and functionalized, and not turned into machine code."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(decoding, "COMPILE_BACKEND", counter)
+    monkeypatch.setattr(compiled_blocks, "COMPILE_BACKEND", counter)
     return counter
 
 
@@ -53,6 +56,17 @@ def cuda() -> torch.device:
 
 def make_model(family: str) -> Any:
     return tiny_llama() if family == "llama" else tiny_family(family)
+
+
+def compressed_llama() -> Any:
+    """Five blocks, each with its own number of outliers."""
+    model, random = tiny_llama(num_hidden_layers=5), torch.Generator().manual_seed(0)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            spec = make_spec(module.out_features, module.in_features)
+            outliers = torch.randint(5, (module.out_features,), generator=random).tolist()
+            model.model.set_submodule(name, SpqrLinear(random_matrix(spec, outliers)))
+    return model
 
 
 def tokens(model: Any, **settings: Any) -> list[tuple[int, ...]]:
@@ -69,20 +83,29 @@ def test_a_static_cache_counts_in_tensors_alone() -> None:
 # --- Compiled
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.usefixtures("backend")
-def test_a_compiled_step_gives_the_same_tokens(family: str) -> None:
+@FAMILIES
+def test_compiled_blocks_give_the_same_tokens(
+    family: str, backend: CompileCounterWithBackend
+) -> None:
     model = make_model(family)
     assert tokens(model, compile=True) == tokens(model)
+    assert backend.frame_count == 1
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_one_compilation_serves_texts_of_all_lengths(backend: CompileCounterWithBackend) -> None:
-    model = tiny_llama()
+def test_one_compilation_serves_all_blocks_and_lengths(backend: CompileCounterWithBackend) -> None:
+    model = tiny_llama(num_hidden_layers=5)
     for length in (5, 20, 30):
         result = generate(model, TOKENIZER, "a", max_new_tokens=length, compile=True)
         assert result.start_up_tokens == 2
         assert result.start_up_seconds > 0
     assert backend.frame_count == 1
+
+
+def test_two_compilations_serve_all_numbers_of_outliers(backend: CompileCounterWithBackend) -> None:
+    model = compressed_llama()
+    assert tokens(model, compile=True) == tokens(model)
+    assert backend.frame_count == 2
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(
@@ -91,12 +114,10 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     def refuse(*_: Any) -> Callable:
         raise RuntimeError("no compiler here\nand much advice")
 
-    monkeypatch.setattr(decoding, "COMPILE_BACKEND", refuse)
+    monkeypatch.setattr(compiled_blocks, "COMPILE_BACKEND", refuse)
     model = tiny_llama()
-    expected = tokens(model)
-    for _ in range(2):
-        assert tokens(model, compile=True) == expected
-    [message] = [r.message for r in caplog.records if r.name == decoding.logger.name]
+    assert tokens(model, compile=True) == tokens(model)
+    [message] = [r.message for r in caplog.records if r.name == compiled_blocks.logger.name]
     assert message.startswith("LlamaForCausalLM cannot be compiled: ")
     assert "advice" not in message
 
@@ -136,7 +157,7 @@ def test_why_a_step_is_not_captured_is_said_once(caplog: pytest.LogCaptureFixtur
 
 
 @gpu
-@FAMILIES
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt-neox", "gemma2"])
 @pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "sampled"])
 def test_a_graph_gives_the_tokens_of_the_steps(
     family: str, sampling: Sampling | None, cuda: torch.device, caplog: pytest.LogCaptureFixture
@@ -188,6 +209,20 @@ def test_waiting_for_the_gpu_is_noticed(cuda: torch.device) -> None:
 
 
 @gpu
+@pytest.mark.slow
+def test_compiling_lets_a_model_be_captured(
+    cuda: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Falcon takes its keys by a list of indices, which wait for the GPU unless compiled."""
+    model = tiny_family("falcon").to(cuda)
+    expected = tokens(model, graph=False)
+    assert tokens(model, compile=True) == expected
+    assert not caplog.records
+    assert tokens(model) == expected
+    assert "runs without a CUDA graph: its step waits for the GPU" in caplog.text
+
+
+@gpu
 def test_a_step_that_waits_is_not_captured(
     cuda: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,8 +255,15 @@ def test_a_capture_that_fails_leaves_everything_usable(
 
 @gpu
 @pytest.mark.slow
-def test_compiled_and_captured(cuda: torch.device) -> None:
-    model = tiny_llama().to(cuda)
-    assert tokens(model, compile=True) == tokens(model, graph=False)
-    sampled = {"sampling": SAMPLING}
-    assert tokens(model, compile=True, **sampled) == tokens(model, graph=False, **sampled)
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("make", [tiny_llama, compressed_llama], ids=["dense", "compressed"])
+def test_compiled_and_captured(
+    make: Callable[[], Any],
+    sampling: Sampling | None,
+    cuda: torch.device,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make().to(cuda)
+    expected = tokens(model, sampling=sampling, graph=False)
+    assert tokens(model, sampling=sampling, compile=True) == expected
+    assert not caplog.records

@@ -1,0 +1,95 @@
+"""Decoder blocks under torch.compile: what is compiled for one of them serves all.
+
+Compiling a model as a whole takes the longer the deeper it is, and its blocks are all alike but for
+the number under which each finds its keys and values in the cache. Here each gets a cache of that
+one layer, so that the number no longer matters. What lies around the blocks stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config, exc
+from transformers.cache_utils import Cache
+
+from .model.blocks import find_blocks
+
+__all__ = ["CompiledBlocks"]
+
+COMPILE_BACKEND = "inductor"
+# What is raised before anything has run; torch.compiler exports none of them.
+COMPILE_ERRORS = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
+
+logger = logging.getLogger(__name__)
+
+
+class LayerCache(Cache):
+    """One layer of a cache, under whatever number a block asks for it."""
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [B, heads, T, width], return all of them."""
+        return self.layers[0].update(keys, values, *args, **kwargs)
+
+
+class CompiledBlocks:
+    """`with CompiledBlocks(model, cache): model(...)`: the blocks run compiled.
+
+    A block that torch.compile does not take runs as it is, and so do the others from then on; that
+    is logged.
+    """
+
+    def __init__(self, model: Any, cache: Cache) -> None:
+        self._model, self._cache = model, cache
+        self._blocks = find_blocks(model).modules
+        self._layers = [LayerCache(layers=[layer]) for layer in cache.layers]
+        self._works = True
+        self._left = ExitStack()
+        if len(self._blocks) != len(self._layers):
+            self._give_up(f"it has {len(self._blocks)} blocks and {len(self._layers)} caches")
+
+    def __enter__(self) -> None:
+        if not self._works:
+            return
+        # Blocks differ in how many outliers they have; buffers of other sizes are other code else.
+        self._left.enter_context(config.patch(force_parameter_static_shapes=False))
+        for block, layer in zip(self._blocks, self._layers, strict=True):
+            block.forward = partial(self._run, block, layer)
+            self._left.callback(vars(block).pop, "forward")
+
+    def __exit__(self, *_: object) -> None:
+        self._left.close()
+
+    def _run(self, block: nn.Module, layer: LayerCache, *args: Any, **kwargs: Any) -> Any:
+        if self._works:
+            try:
+                return compiled_forward()(
+                    block,
+                    [layer if arg is self._cache else arg for arg in args],
+                    {k: layer if arg is self._cache else arg for k, arg in kwargs.items()},
+                )
+            except COMPILE_ERRORS as error:
+                self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+        return forward(block, args, kwargs)
+
+    def _give_up(self, reason: str) -> None:
+        self._works = False
+        logger.warning("%s cannot be compiled: %s", type(self._model).__name__, reason)
+
+
+def forward(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a block's class does."""
+    return type(block).forward(block, *args, **kwargs)
+
+
+@cache
+def compiled_forward() -> Callable[..., Any]:
+    """`forward`, compiled."""
+    return torch.compile(forward, fullgraph=True, backend=COMPILE_BACKEND)
