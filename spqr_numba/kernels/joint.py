@@ -34,11 +34,12 @@ from numba import njit
 
 from .bilevel import second_level, storable
 from .launch import compiled
-from .scalars import FP16_MAX, decoded_statistic, product, round_to_even
+from .scalars import FP16_MAX, decoded_statistic, product
 
 __all__ = ["Levels", "choose_reference", "fit_jointly"]
 
 REFITS = 3
+TO_INTEGER = np.float32(2**23)  # added and taken away, rounds: a GPU has few units for rounding
 LEAST_SPREAD = np.float32(1e-3)  # of codes among rows: below it, step and base are one unknown
 
 
@@ -168,8 +169,8 @@ def cost_of_nothing(scale):
 @njit(inline="always")
 def error_term(weight, scale, inverse, zero, importance, max_code):
     """((w - w') / U_kk)^2, w - w', and code - zero, of which w' is scale times."""
-    code = round_to_even(product(weight, inverse) + zero)
-    step = min(max(code, np.float32(0)), max_code) - zero
+    code = min(max(product(weight, inverse) + zero, np.float32(0)), max_code)
+    step = ((code + TO_INTEGER) - TO_INTEGER) - zero
     error = weight - product(scale, step)
     return product(product(error, error), importance), error, step
 

@@ -39,6 +39,7 @@ __all__ = ["joint_function"]
 cuda = numba_cuda()
 
 MOMENTS = np.uint32(5)
+FOUR = np.uint32(4)
 
 
 def joint_function(width: int, parts: int) -> Any:
@@ -99,7 +100,7 @@ def bounds(statistics, begin, end):
 
 def choose_function(width: int, parts: int) -> Any:
     """choose(...) -> what the stats block begin ... end - 1 costs, and the pair of this row."""
-    stride = np.uint32(parts)
+    part_of, stride = cheapest_function(parts), np.uint32(parts)
 
     @cuda.jit(device=True)
     def choose(weights, first, column, j, count, importance, threshold, levels, bits, begin, end):
@@ -107,18 +108,9 @@ def choose_function(width: int, parts: int) -> Any:
         part_pairs = cuda.shared.array((parts, width), np.uint32)
         costs = cuda.shared.array(width, np.float32)
         lane, part = np.uint32(cuda.threadIdx.x), np.uint32(cuda.threadIdx.y)
-        max_code = np.float32((1 << bits[0]) - 1)
-        best, best_pair = np.float32(np.inf), part
-        for number in range(part, np.uint32(1 << (bits[1] + bits[2])), stride):
-            scale, inverse, zero = grid_of_pair(number, levels, bits)
-            cost = cost_of_nothing(scale)
-            for k in range(count):
-                weight = weights[np.uint32(first + k), column]
-                factor = importance[np.uint32(j + k)]
-                term = error_term(weight, scale, inverse, zero, factor, max_code)[0]
-                cost += min(term, threshold)
-            if cost < best:
-                best, best_pair = cost, np.uint32(number)
+        best, best_pair = part_of(
+            weights, first, column, j, count, importance, threshold, levels, bits
+        )
         part_costs[part, lane] = best
         part_pairs[part, lane] = best_pair
         cuda.syncthreads()
@@ -135,6 +127,68 @@ def choose_function(width: int, parts: int) -> Any:
         return total, best_pair
 
     return choose
+
+
+def cheapest_function(parts: int) -> Any:
+    """cheapest(...) -> the least cost of this row among the pairs of this part, and its pair.
+
+    Pairs part, part + parts, ... are tried four at once: one sum alone would wait for its own adds.
+    """
+    stride = np.uint32(parts)
+
+    @cuda.jit(device=True)
+    def cheapest(weights, first, column, j, count, importance, threshold, levels, bits):
+        part = np.uint32(cuda.threadIdx.y)
+        max_code, number = np.float32((1 << bits[0]) - 1), np.uint32(1 << (bits[1] + bits[2]))
+        best, best_pair = np.float32(np.inf), part
+        for pair in range(part, number, FOUR * stride):
+            one = np.uint32(pair)
+            two = np.uint32(one + stride)
+            three = np.uint32(two + stride)
+            four = np.uint32(three + stride)
+            grid_one = grid_of_pair(one, levels, bits)
+            grid_two = grid_of_pair(two, levels, bits)
+            grid_three = grid_of_pair(three, levels, bits)
+            grid_four = grid_of_pair(four, levels, bits)
+            cost_one = cost_at_first(one, number, grid_one)
+            cost_two = cost_at_first(two, number, grid_two)
+            cost_three = cost_at_first(three, number, grid_three)
+            cost_four = cost_at_first(four, number, grid_four)
+            k = np.uint32(0)
+            while k < count:  # not range, whose steps libNVVM does not see through
+                weight = weights[np.uint32(first + k), column]
+                factor = importance[np.uint32(j + k)]
+                cost_one += capped(weight, grid_one, factor, threshold, max_code)
+                cost_two += capped(weight, grid_two, factor, threshold, max_code)
+                cost_three += capped(weight, grid_three, factor, threshold, max_code)
+                cost_four += capped(weight, grid_four, factor, threshold, max_code)
+                k = np.uint32(k + 1)
+            best, best_pair = cheaper(best, best_pair, cost_one, one)
+            best, best_pair = cheaper(best, best_pair, cost_two, two)
+            best, best_pair = cheaper(best, best_pair, cost_three, three)
+            best, best_pair = cheaper(best, best_pair, cost_four, four)
+        return best, best_pair
+
+    return cheapest
+
+
+@cuda.jit(device=True)
+def cost_at_first(pair, number, grid):
+    """Where the sum of a pair begins; one beyond the last pair never gets cheap."""
+    return cost_of_nothing(grid[0]) if pair < number else np.float32(np.inf)
+
+
+@cuda.jit(device=True)
+def capped(weight, grid, importance, threshold, max_code):
+    """What one weight adds to the cost of a grid."""
+    scale, inverse, zero = grid
+    return min(error_term(weight, scale, inverse, zero, importance, max_code)[0], threshold)
+
+
+@cuda.jit(device=True)
+def cheaper(best, best_pair, cost, pair):
+    """The cheaper of two, the first of equals."""
+    return (cost, pair) if cost < best else (best, best_pair)
 
 
 def remember_function() -> Any:
