@@ -10,7 +10,8 @@ cheap:
 A thread takes every THREADS-th input of the layer, looks up where its column is stored, and writes
 the weight of each row: neighbours write to neighbours. Then a few threads a row write the weights
 that have an outlier once more. `pitch` is odd where it can be, so that the words of one row lie in
-all banks. A row too long for shared memory goes in runs of chunks.
+all banks. A row too long for shared memory goes in runs of chunks; a block with too few rows takes
+the last one more than once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ import torch
 from ..format.layout import CODES_PER_CHUNK, UNQUANTIZED_BITS, MatrixSpec, ceil_div
 from ..format.matrix import SpqrMatrix
 from .launch import array_of, numba_cuda, stream_of
-from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
+from .scalars import (
+    decoded_statistic,
+    float_to_bfloat,
+    float_to_half,
+    funnel_shift,
+    half_to_float,
+    integer_to_float,
+    weight_of,
+)
 
 __all__ = ["Decoding", "dequantize_kernel", "launch_dequantize"]
 
@@ -126,7 +135,7 @@ def dequantize_kernel(how: Decoding) -> Any:
     def kernel(codes, scale, zero, outliers, order, stored, out, chunks):
         shared = cuda.shared.array(0, WORD)
         rows, columns = np.uint32(out.shape[0]), np.uint32(out.shape[1])
-        first_row = np.uint32(cuda.blockIdx.x * tile_rows)
+        first_row, last_row = np.uint32(cuda.blockIdx.x * tile_rows), np.uint32(rows - 1)
         width = np.uint32(chunks * CODES_PER_CHUNK)
         for first in range(np.uint32(0), columns, width):
             stage(shared, codes, scale, zero, first, width, rows, columns)
@@ -135,10 +144,8 @@ def dequantize_kernel(how: Decoding) -> Any:
                 j = np.uint32(stored[column] - first)
                 if j < width:
                     for r in range(tile_rows):
-                        row = np.uint32(first_row + r)
-                        if row < rows:
-                            weight = weight_at(shared, first, j, np.uint32(r), width)
-                            out[row, column] = convert(weight)
+                        row = min(np.uint32(first_row + r), last_row)
+                        out[row, column] = convert(weight_at(shared, first, j, np.uint32(r), width))
             cuda.syncthreads()
             write_sparse(shared, outliers, order, first, width, out)
             cuda.syncthreads()
@@ -190,8 +197,8 @@ def statistic_function(bits: int, stats_group_size: int) -> Any:
     @cuda.jit(device=True)
     def statistic_of(statistics, group, row, rows):
         chunk = np.uint32(group * ((rows + CHUNK - 1) // CHUNK) + row // CHUNK)
-        first = np.uint32(chunk * word_rows)
-        code = code_of(statistics.values, first, np.uint32(1), np.uint32(row % CHUNK))
+        first = np.uint64(chunk * word_rows)
+        code = code_of(statistics.values, first, np.uint64(1), np.uint32(row % CHUNK))
         block = np.uint32(row // block_rows)
         step = half_to_float(statistics.step[group, block])
         base = half_to_float(statistics.base[group, block])
@@ -207,11 +214,11 @@ def code_function(bits: int) -> Any:
     @cuda.jit(device=True)
     def code_of(words, first, step, k):
         bit = np.uint32(k * width)
-        at, shift = np.uint32(first + step * (bit // WORD_BITS)), np.uint32(bit % WORD_BITS)
-        field = np.uint32(words[at] >> shift)
+        at, shift = first + np.uint64(bit // WORD_BITS * step), np.uint32(bit % WORD_BITS)
+        high = np.uint32(0)
         if np.uint32(shift + width) > WORD_BITS:
-            field |= np.uint32(words[np.uint32(at + step)] << np.uint32(WORD_BITS - shift))
-        return np.float32(np.uint32(field & max_code))
+            high = words[at + step]
+        return integer_to_float(np.uint32(funnel_shift(words[at], high, shift) & max_code))
 
     return code_of
 
@@ -223,10 +230,11 @@ def weight_function(how: Decoding) -> Any:
 
     @cuda.jit(device=True)
     def weight_at(shared, first, j, r, width):
-        word = np.uint32(j // CHUNK * bits * pitch + r)
-        code = code_of(shared, word, pitch, np.uint32(j % CHUNK))
+        word, k = np.uint32(j // CHUNK * bits * pitch), np.uint32(j % CHUNK)
+        code = code_of(shared, np.uint64(word) + np.uint64(r), np.uint64(pitch), k)
         group = np.uint32(np.uint32(first + j) // group_size - first // group_size)
-        pair = shared[np.uint32((width // CHUNK * bits + group) * pitch + r)]
+        pair_at = np.uint32((width // CHUNK * bits + group) * pitch)
+        pair = shared[np.uint64(pair_at) + np.uint64(r)]
         scale = half_to_float(np.uint16(pair & np.uint32(0xFFFF)))
         return weight_of(code, scale, half_to_float(np.uint16(pair >> np.uint32(16))))
 
@@ -279,7 +287,6 @@ def launch_dequantize(matrix: SpqrMatrix, out: torch.Tensor) -> None:
     """Fill out [rows, columns] fp32, fp16 or bf16 on torch's current stream."""
     spec = matrix.spec
     how = Decoding.of(spec, sparse=matrix.outliers is not None, dtype=out.dtype)
-    order, stored = orders(matrix)
     chunks = how.chunks_at_once(spec)
     launch = dequantize_kernel(how)[
         ceil_div(spec.out_features, how.rows),
@@ -287,13 +294,24 @@ def launch_dequantize(matrix: SpqrMatrix, out: torch.Tensor) -> None:
         stream_of(out.device),
         4 * how.words_of(spec, chunks),
     ]
-    launch(
-        *views(matrix),
-        array_of(order),
-        array_of(stored),
-        array_of(out.view(BITS[out.dtype])),
-        np.int32(chunks),
-    )
+    launch(*views(matrix), array_of(out.view(BITS[out.dtype])), np.int32(chunks))
+
+
+_VIEWS: WeakKeyDictionary[SpqrMatrix, tuple[object, tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+def views(matrix: SpqrMatrix) -> tuple[Any, ...]:
+    """What a kernel gets of a matrix: codes, scale, zero, outliers, order, stored.
+
+    Made once, as it takes longer than the kernel, and again where tensors moved or the permutation
+    was written to.
+    """
+    order = matrix.tensors.get("permutation")
+    changes = None if order is None or order.is_inference() else order._version
+    state = matrix["codes"].data_ptr(), changes
+    if matrix not in _VIEWS or _VIEWS[matrix][0] != state:
+        _VIEWS[matrix] = state, (*make_views(matrix), *map(array_of, orders(matrix)))
+    return _VIEWS[matrix][1]
 
 
 def orders(matrix: SpqrMatrix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,17 +322,6 @@ def orders(matrix: SpqrMatrix) -> tuple[torch.Tensor, torch.Tensor]:
         return alike, alike
     order = matrix["permutation"].to(torch.int64)
     return order.to(torch.int32), torch.empty_like(alike).scatter_(0, order, alike)
-
-
-_VIEWS: WeakKeyDictionary[SpqrMatrix, tuple[int, tuple]] = WeakKeyDictionary()
-
-
-def views(matrix: SpqrMatrix) -> tuple[Any, Statistics, Statistics, Outliers]:
-    """What a kernel gets of a matrix; made once, as it takes longer than the kernel."""
-    at = matrix["codes"].data_ptr()
-    if matrix not in _VIEWS or _VIEWS[matrix][0] != at:
-        _VIEWS[matrix] = at, make_views(matrix)
-    return _VIEWS[matrix][1]
 
 
 def make_views(matrix: SpqrMatrix) -> tuple[Any, Statistics, Statistics, Outliers]:

@@ -22,7 +22,9 @@ __all__ = [
     "decoded_statistic",
     "float_to_bfloat",
     "float_to_half",
+    "funnel_shift",
     "half_to_float",
+    "integer_to_float",
     "product",
     "round_through_half",
     "round_to_even",
@@ -74,6 +76,33 @@ def float_to_bfloat(typingctx, value):
         return builder.trunc(builder.lshr(rounded, WORD(16)), HALF_BITS)
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def funnel_shift(typingctx, low, high, bits):
+    """The lower word of (high, low), 64 bits, shifted down by 0 to 31 bits: uint32 all."""
+
+    def codegen(context, builder, signature, arguments):
+        if targets_gpu(builder):
+            return emit(builder, "shf.r.wrap.b32 $0, $1, $2, $3", "=r,r,r,r", WORD, arguments)
+        low, high, bits = arguments
+        words = ir.FunctionType(WORD, [WORD] * 3)
+        shift = builder.module.declare_intrinsic("llvm.fshr", [WORD], words)
+        return builder.call(shift, [high, low, bits])
+
+    word = types.uint32
+    return word(word, word, word), codegen
+
+
+@intrinsic
+def integer_to_float(typingctx, value):
+    """A uint32 below 2^23 as float32, by arithmetic: a GPU converts at a quarter of that speed."""
+
+    def codegen(context, builder, signature, arguments):
+        bits = builder.or_(arguments[0], WORD(0x4B000000))  # of 2^23 + value
+        return builder.fsub(builder.bitcast(bits, FLOAT), FLOAT(2.0**23))
+
+    return types.float32(types.uint32), codegen
 
 
 @intrinsic

@@ -84,6 +84,8 @@ def simulate(matrix: SpqrMatrix, dtype: torch.dtype, shared_words: int) -> torch
     dequantize_cuda.SHARED_WORDS = shared_words
     dequantize_cuda.array_of = lambda tensor: tensor.numpy()
     dequantize_cuda.stream_of = lambda device: 0
+    dequantize_cuda.funnel_shift = njit(lambda *words: scalars.funnel_shift(*words))
+    dequantize_cuda.integer_to_float = njit(lambda value: scalars.integer_to_float(value))
     dequantize_cuda.half_to_float = njit(lambda bits: scalars.half_to_float(bits))
     dequantize_cuda.float_to_half = njit(lambda value: scalars.float_to_half(value))
     dequantize_cuda.float_to_bfloat = njit(lambda value: scalars.float_to_bfloat(value))
