@@ -26,6 +26,7 @@ registers. The CUDA twin is columns_cuda.py. Source: section 4.1 of arXiv 2306.0
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ from .joint import fit_jointly
 from .launch import array_of, compiled
 from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
-__all__ = ["ColumnLoop", "block_columns", "describe_walk", "quantize_columns"]
+__all__ = ["ColumnLoop", "block_columns", "column_walk", "describe_walk"]
 
 BLOCK_COLUMNS = 128  # a multiple of every group size but the whole row's
 TILE_ROWS = 32
@@ -131,7 +132,7 @@ def tiles(spec: MatrixSpec) -> int:
 
 
 def block_columns(spec: MatrixSpec, device: torch.device) -> int:
-    """How many columns `quantize_columns` shall take at once."""
+    """How many columns `column_walk` shall take at once."""
     if device.type == "cpu":
         return BLOCK_COLUMNS
     from .columns_cuda import columns_in_shared_memory
@@ -140,7 +141,7 @@ def block_columns(spec: MatrixSpec, device: torch.device) -> int:
 
 
 def describe_walk(spec: MatrixSpec, device: torch.device) -> str:
-    """Which way `quantize_columns` takes, in words."""
+    """Which way `column_walk` takes, in words."""
     columns = block_columns(spec, device)
     walk = f"{tile_rows(spec)} rows x {columns} columns at once"
     if device.type == "cpu" or spec.group_size <= columns:
@@ -148,21 +149,21 @@ def describe_walk(spec: MatrixSpec, device: torch.device) -> str:
     return f"{walk}, groups of {spec.group_size} fitted in global memory (the general path)"
 
 
-def quantize_columns(
+def column_walk(
     loop: ColumnLoop,
     spec: MatrixSpec,
-    upper: torch.Tensor,
-    start: int,
+    upper: torch.Tensor | None,
+    *,
     fit_threshold: float,
     threshold: float,
     round_zero: bool,
     joint: bool = False,
-) -> None:
-    """Quantize columns start, start + 1, ... in place, as many as `upper` has.
+) -> Callable[[int, int], None]:
+    """walk(start, stop): quantize columns start ... stop - 1 in place, `block_columns` at most.
 
-    loop holds arrays (`ColumnLoop.arrays`). fit_threshold is T for the fit (inf: leave nothing
-    out), threshold T for the columns (inf: no outliers). joint chooses scales and zeros together.
-    Columns behind them are left to the caller.
+    upper is U, fp32 [n, n], or None where nothing is propagated. fit_threshold is T for the fit
+    (inf: leave nothing out), threshold T for the columns (inf: no outliers). joint chooses scales
+    and zeros together. Columns behind `stop` are left to the caller.
     """
     settings = Settings(
         spec.bits,
@@ -176,12 +177,23 @@ def quantize_columns(
         np.float32(threshold),
         joint,
     )
-    if upper.device.type == "cpu":
-        walk_tiles(loop, upper.numpy(), start, settings)
-    else:
-        from .columns_cuda import launch_walk
+    if loop.weight.is_cuda:
+        from .columns_cuda import prepared_walk
 
-        launch_walk(loop, upper, start, settings, tiles(spec))
+        return prepared_walk(loop, upper, settings, tiles(spec))
+    arrays = loop.arrays()
+
+    def walk(start: int, stop: int) -> None:
+        walk_tiles(arrays, diagonal_block(upper, start, stop).numpy(), start, settings)
+
+    return walk
+
+
+def diagonal_block(upper: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """The square of U on the diagonal, the identity where there is no U."""
+    if upper is None:
+        return torch.eye(stop - start)
+    return upper[start:stop, start:stop].contiguous()
 
 
 @compiled(parallel=True)

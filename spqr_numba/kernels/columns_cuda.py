@@ -18,6 +18,7 @@ asks at each access whether it is negative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,7 +30,7 @@ from .bilevel import second_level, statistic_code
 from .columns import BLOCK_COLUMNS, ColumnLoop, Settings, quantize_element
 from .fit import error_sum, extremes, grid_of, kept_range
 from .joint_cuda import joint_function
-from .launch import array_of, numba_cuda, stream_of
+from .launch import array_of, numba_cuda, prepared_launch
 from .scalars import (
     decoded_statistic,
     float_to_half,
@@ -38,7 +39,7 @@ from .scalars import (
     round_to_even,
 )
 
-__all__ = ["columns_in_shared_memory", "launch_walk", "walk_kernel"]
+__all__ = ["columns_in_shared_memory", "prepared_walk", "walk_kernel"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
@@ -52,28 +53,40 @@ def columns_in_shared_memory(width: int) -> int:
     return min(BLOCK_COLUMNS, 1 << (SHARED_FLOATS // width).bit_length() - 1)
 
 
-def launch_walk(
-    loop: ColumnLoop, upper: torch.Tensor, start: int, settings: Settings, tiles: int
-) -> None:
-    """Walk columns start ... start + len(upper) - 1 of all tiles on torch's current stream."""
-    width = settings.tile_rows
-    kernel = walk_kernel(width, settings.joint)
-    launch = kernel[tiles, (width, THREADS // width), stream_of(upper.device)]
-    launch(loop, array_of(upper), start, settings)
+def prepared_walk(
+    loop: ColumnLoop, upper: torch.Tensor | None, settings: Settings, tiles: int
+) -> Callable[[int, int], None]:
+    """walk(start, stop) of all tiles, on what is torch's current stream now."""
+    width, device = settings.tile_rows, loop.weight.device
+    if upper is None:
+        upper = torch.empty(0, 0, device=device)
+    return prepared_launch(
+        walk_kernel(width, settings.joint),
+        tiles,
+        (width, THREADS // width),
+        device,
+        loop.arrays(),
+        array_of(upper),
+        settings,
+        more=2,
+    )
 
 
 @cache
 def walk_kernel(width: int, joint: bool = False) -> Any:
-    """kernel(loop, upper, start, settings), for tiles of `width` rows and any other settings."""
+    """kernel(loop, upper, settings, start, stop), for tiles of `width` rows and other settings.
+
+    upper is all of U, or empty where nothing is propagated.
+    """
     fit = joint_fit_function(width) if joint else fit_function(width)
-    propagate = propagate_function(width)
-    block_columns = columns_in_shared_memory(width)
+    propagate, block_columns = propagate_function(width), columns_in_shared_memory(width)
     tile_rows, parts = np.uint32(width), np.uint32(THREADS // width)
 
     @cuda.jit
-    def kernel(loop, upper, start, settings):
+    def kernel(loop, upper, settings, start, stop):
         columns, rows = np.uint32(loop.weight.shape[0]), np.uint32(loop.weight.shape[1])
-        begin, stop = np.uint32(start), np.uint32(start + upper.shape[0])
+        begin, stop = np.uint32(start), np.uint32(stop)
+        propagated = min(stop, np.uint32(upper.shape[0]))
         lane, part = np.uint32(cuda.threadIdx.x), np.uint32(cuda.threadIdx.y)
         own_row = np.uint32(cuda.blockIdx.x * tile_rows + lane)
         row, stores = min(own_row, np.uint32(rows - 1)), part == 0 and own_row < rows
@@ -106,7 +119,7 @@ def walk_kernel(width: int, joint: bool = False) -> Any:
                 loop.weight[j, row] = quantized
                 sum_before += product(before, before)
                 sum_after += product(error, error)
-            propagate(tile, upper[at], np.uint32(at + 1 + part), lane, error)
+            propagate(tile, upper, j, begin, propagated, error)
             cuda.syncthreads()
         if stores:
             loop.scale[row] = scale
@@ -118,13 +131,14 @@ def walk_kernel(width: int, joint: bool = False) -> Any:
 
 
 def propagate_function(width: int) -> Any:
-    """propagate(...): this part's share of the columns from `behind` on, in one row of a tile."""
+    """propagate(...): this part's share of the columns behind j, up to `stop`, of its row."""
     parts = np.uint32(THREADS // width)
 
     @cuda.jit(device=True)
-    def propagate(tile, upper, behind, lane, error):
-        while behind < upper.shape[0]:  # not range, whose steps libNVVM does not see through
-            tile[behind, lane] -= product(error, upper[behind])
+    def propagate(tile, upper, j, begin, stop, error):
+        lane, behind = np.uint32(cuda.threadIdx.x), np.uint32(j + 1 + cuda.threadIdx.y)
+        while behind < stop:  # not range, whose steps libNVVM does not see through
+            tile[np.uint32(behind - begin), lane] -= product(error, upper[j, behind])
             behind = np.uint32(behind + parts)
 
     return propagate

@@ -21,7 +21,7 @@ from numba import njit
 
 from ..errors import InputError
 
-__all__ = ["array_of", "compiled", "numba_cuda", "stream_of"]
+__all__ = ["array_of", "compiled", "numba_cuda", "prepared_launch", "stream_of"]
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -101,3 +101,31 @@ def stream_of(device: torch.device) -> Any:
 @cache
 def _stream(pointer: int) -> Any:
     return numba_cuda().external_stream(pointer)
+
+
+def prepared_launch(
+    kernel: Any, grid: int, block: tuple[int, int], device: torch.device, *arguments: Any, more: int
+) -> Callable[..., None]:
+    """launch(*integers): `kernel` on these arguments and as many int64 behind them as `more` says.
+
+    On what is torch's current stream now. Numba looks at every array at every launch, and at twenty
+    it looks longer than such a kernel runs; here it does so once.
+    """
+    from numba.cuda.dispatcher import LaunchConfig, launch
+
+    given = (*arguments, *[0] * more)
+    special = kernel.specialize(*given)
+    compiled = next(iter(special.overloads.values()))
+    ready: list[Any] = []
+    for numba_type, value in zip(compiled.argument_types, given, strict=True):
+        compiled._prepare_args(numba_type, value, 0, [], ready)
+    stream = special[grid, block, stream_of(device)].stream
+    config = LaunchConfig(grid=grid, block=block)
+    function = compiled._codelibrary.get_cufunc().kernel
+
+    def launch_with(*integers: int) -> None:
+        for place, integer in zip(ready[-more:], integers, strict=True):
+            place.value = integer
+        launch(stream, config, function, *ready)
+
+    return launch_with

@@ -22,7 +22,7 @@ from ..errors import InputError, NumericsError
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 from ..format.matrix import SpqrMatrix
 from ..format.packing import outliers_to_csr, pack_codes, pack_statistics
-from ..kernels.columns import ColumnLoop, block_columns, quantize_columns
+from ..kernels.columns import ColumnLoop, block_columns, column_walk
 from .hessian import Factorization, factorize, is_finite, tensor_cores
 from .outliers import outlier_threshold
 from .permutation import column_order
@@ -169,32 +169,24 @@ def walk_columns(
         threshold = outlier_threshold(current.T, factor.upper, config.outlier_threshold)
     fit_threshold = threshold if config.outlier_search == "leave-one-out" else math.inf
     loop = ColumnLoop.start(current, diagonal, spec)
-    arrays, width = loop.arrays(), block_columns(spec, current.device)
+    walk = column_walk(
+        loop,
+        spec,
+        factor.upper,
+        fit_threshold=fit_threshold,
+        threshold=threshold,
+        round_zero=config.round_zero,
+        joint=config.fit == "joint",
+    )
+    width = block_columns(spec, current.device)
     for start in range(0, n, width):
-        block = slice(start, min(start + width, n))
-        upper = diagonal_block(factor.upper, block, current.device)
-        quantize_columns(
-            arrays,
-            spec,
-            upper,
-            start,
-            fit_threshold,
-            threshold,
-            config.round_zero,
-            config.fit == "joint",
-        )
+        stop = min(start + width, n)
+        walk(start, stop)
         if factor.upper is not None:
-            behind = factor.upper[block, block.stop :]
-            current[block.stop :].addmm_(behind.T, loop.errors[block], alpha=-1)
+            behind = factor.upper[start:stop, stop:]
+            current[stop:].addmm_(behind.T, loop.errors[start:stop], alpha=-1)
     before, after = loop.sums.sum(0, dtype=torch.float64).tolist()
     return ColumnWalk(loop, threshold, before, after)
-
-
-def diagonal_block(upper: torch.Tensor | None, block: slice, device: torch.device) -> torch.Tensor:
-    """The square of U on the diagonal, the identity where there is no U."""
-    if upper is None:
-        return torch.eye(block.stop - block.start, device=device)
-    return upper[block, block].contiguous()
 
 
 def pack(loop: ColumnLoop, spec: MatrixSpec, order: torch.Tensor, config: SpqrConfig) -> SpqrMatrix:

@@ -64,19 +64,17 @@ def walk(name: str, device: str = "cpu") -> columns.ColumnLoop:
     if device != "cpu":
         loop = columns.ColumnLoop(*(tensor.to(device) for tensor in loop))
         loop = loop._replace(sums=torch.zeros(spec.out_features, 2, device=device))
-    arrays = loop.arrays()
+    step = columns.column_walk(
+        loop,
+        spec,
+        upper.to(device),
+        fit_threshold=fit_threshold,
+        threshold=threshold,
+        round_zero=config.round_zero,
+        joint=config.fit == "joint",
+    )
     for start in range(0, spec.in_features, width):
-        block = upper[start : start + width, start : start + width].contiguous().to(device)
-        columns.quantize_columns(
-            arrays,
-            spec,
-            block,
-            start,
-            fit_threshold,
-            threshold,
-            config.round_zero,
-            config.fit == "joint",
-        )
+        step(start, min(start + width, spec.in_features))
     return columns.ColumnLoop(*(tensor.cpu() for tensor in loop))
 
 
@@ -136,8 +134,8 @@ def simulate(name: str) -> columns.ColumnLoop:
     threads = tile_rows, columns_cuda.THREADS // tile_rows
     kernel = columns_cuda.walk_kernel(tile_rows, chosen.joint)[columns.tiles(spec), threads]
     for start in range(0, spec.in_features, width):
-        block = upper[start : start + width, start : start + width].contiguous()
-        kernel(loop.arrays(), block.numpy(), start, chosen)
+        stop = min(start + width, spec.in_features)
+        kernel(loop.arrays(), upper.numpy(), chosen, start, stop)
     return loop
 
 
@@ -197,7 +195,7 @@ def test_ptx(
 
 
 def signature() -> tuple[Any, ...]:
-    """Numba's types of (loop, upper, start, settings)."""
+    """Numba's types of (loop, upper, settings, start, stop)."""
     from numba import types
 
     loop, _, _ = make_loop(4, 4, SpqrConfig())
@@ -212,6 +210,7 @@ def signature() -> tuple[Any, ...]:
     return (
         types.NamedTuple(arrays, columns.ColumnLoop),
         types.Array(types.float32, 2, "C"),
-        types.int64,
         types.NamedTuple(settings, columns.Settings),
+        types.int64,
+        types.int64,
     )
