@@ -27,6 +27,13 @@ def test_the_defaults_are_the_papers() -> None:
     assert PRESETS["paper"] == config
 
 
+def test_balanced_keeps_to_its_bits() -> None:
+    """3 + 6 / 8 + 64 / (8 * 64) = 3.875 without outliers; about 0.1 % of them make 3.91."""
+    balanced = PRESETS["balanced"]
+    assert balanced.fit == "joint"
+    assert balanced.formula_bits(0.0012) == pytest.approx(3.9134)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
