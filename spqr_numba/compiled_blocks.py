@@ -54,6 +54,8 @@ class CompiledBlocks:
         self._left = ExitStack()
         if len(self._blocks) != len(self._layers):
             self._give_up(f"it has {len(self._blocks)} blocks and {len(self._layers)} caches")
+        elif any("forward" in vars(block) for block in self._blocks):
+            self._give_up("its blocks already run through another wrapper")
 
     def __enter__(self) -> None:
         if not self._works:

@@ -126,6 +126,15 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     assert "advice" not in message
 
 
+def test_a_wrapped_block_keeps_its_wrapper(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    block = model.model.layers[0]
+    wrapper = block.forward = block.forward
+    assert tokens(model, compile=True) == tokens(model)
+    assert vars(block)["forward"] is wrapper
+    assert "already run through another wrapper" in told(caplog)[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
