@@ -129,7 +129,7 @@ class SpqrLinear(nn.Module):
         if needs_operator(x, bias):
             buffers = list(self._buffers.values())
             return torch.ops.spqr_numba.matmul(x, buffers, self.layout, bias)
-        return matmul(x, self.matrix, bias)
+        return matmul(x, self._weight(), bias)
 
     def extra_repr(self) -> str:
         """The settings, as nn.Module prints them."""

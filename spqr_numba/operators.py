@@ -89,7 +89,7 @@ _library.define("dequantize(Tensor[] buffers, str layout, ScalarType dtype) -> T
 def _multiply(
     x: torch.Tensor, buffers: Sequence[torch.Tensor], layout: str, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return matmul(x, _matrix(buffers, layout), bias)
+    return matmul(x, _weight(buffers, layout), bias)
 
 
 def _multiply_fake(

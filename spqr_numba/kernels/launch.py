@@ -21,7 +21,15 @@ from numba import njit
 
 from ..errors import InputError
 
-__all__ = ["array_of", "compiled", "numba_cuda", "prepared_launch", "stream_of"]
+__all__ = [
+    "Launcher",
+    "array_of",
+    "compiled",
+    "numba_cuda",
+    "prepared_launch",
+    "shared_memory",
+    "stream_of",
+]
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -129,3 +137,73 @@ def prepared_launch(
         launch(stream, config, function, *ready)
 
     return launch_with
+
+
+RESERVED_BYTES = 2048  # of a block's shared memory: the driver's, and what kernels name themselves
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """How many bytes of shared memory a block may ask for when it is launched."""
+    from cuda.bindings import driver
+
+    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    return _result(driver.cuDeviceGetAttribute(most, _result(driver.cuDeviceGet(ordinal)))) - (
+        RESERVED_BYTES
+    )
+
+
+class Launcher:
+    """A kernel of plain numbers on one GPU, launched by its handle: a few microseconds a call.
+
+    early: it may start before the kernel ahead of it ends, and waits for it by itself
+    ("programmatic dependent launch").
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        signature: tuple[Any, ...],
+        argument_types: tuple[Any, ...],
+        device: torch.device,
+        *,
+        threads: int,
+        shared_bytes: int,
+        early: bool,
+    ) -> None:
+        """signature: Numba's; argument_types: the same in ctypes, one for each number."""
+        from cuda.bindings import driver
+
+        self._driver, self._types = driver, argument_types
+        with torch.cuda.device(device):
+            compiled = kernel.compile(signature)
+            loaded = driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle))
+            self._function = _result(driver.cuKernelGetFunction(loaded))
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _result(driver.cuFuncSetAttribute(self._function, most, shared_bytes))
+        config = self._config = driver.CUlaunchConfig()
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX = threads
+        if early:
+            attribute = driver.CUlaunchAttribute()
+            names = driver.CUlaunchAttributeID
+            attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+
+    def launch(self, grid: int, shared_bytes: int, stream: int, *arguments: int) -> None:
+        """Queue the kernel on a stream (its address)."""
+        self._config.gridDimX = grid
+        self._config.sharedMemBytes = shared_bytes
+        self._config.hStream = stream
+        values = arguments, self._types
+        _result(self._driver.cuLaunchKernelEx(self._config, self._function, values, 0))
+
+
+def _result(answer: tuple[Any, ...]) -> Any:
+    """What the driver answered; RuntimeError where it refused."""
+    if int(answer[0]):
+        raise RuntimeError(f"the CUDA driver answered {answer[0].name}")
+    return answer[1] if len(answer) > 1 else None

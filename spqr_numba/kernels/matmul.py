@@ -36,6 +36,7 @@ from ..format.layout import CODES_PER_CHUNK
 from ..format.matrix import SpqrMatrix
 from .dequantize import dequantize, dequantize_reference, dequantize_rows, row_blocks, stored_order
 from .parallel import Fields, tasks_for
+from .prepared import PreparedMatrix
 from .scalars import weight_of
 from .simd import (
     F32,
@@ -74,6 +75,8 @@ from .unpack import (
 __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
+ONE_BY_ONE = 16  # inputs on a GPU that go through its kernel, which takes one
+GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
 TILE_FLOATS = 2048  # sums of a tile
@@ -292,13 +295,18 @@ def add_outlier(matrix, at, x, total):
 # --- The product
 
 
-def matmul(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+def matmul(
+    x: torch.Tensor, matrix: SpqrMatrix | PreparedMatrix, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """x W_hat^T + bias.
 
     x fp32, fp16 or bf16 [..., in_features], bias [out_features] or None -> like x
-    [..., out_features]. Raises InputError for another shape, dtype or device.
+    [..., out_features]. A PreparedMatrix is for a GPU. Raises InputError for another shape, dtype
+    or device.
     """
     check_input(x, matrix, bias)
+    if isinstance(matrix, PreparedMatrix):
+        return multiply_prepared(x, matrix, bias)
     if not x.is_cpu:
         return multiply_dense(x, matrix, bias)
     floats = floats_of(x)
@@ -349,7 +357,51 @@ def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | Non
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
-def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> None:
+def multiply_prepared(
+    x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`matmul` of a prepared weight: few inputs one by one, many through the decoded weight."""
+    from .matmul_cuda import can_multiply, multiply_one
+
+    inputs = x.reshape(-1, weight.spec.in_features)
+    if x.dtype == torch.float32 or len(inputs) > ONE_BY_ONE or not can_multiply(weight):
+        return multiply_stored(x, weight, bias)
+    inputs = inputs.detach().contiguous()
+    if inputs.data_ptr() % GPU_LOAD_BYTES or inputs.shape[1] % (GPU_LOAD_BYTES // 2):
+        inputs = aligned_rows(inputs)
+    bias = None if bias is None else bias.detach().to(x.dtype)
+    y = x.new_empty(len(inputs), weight.spec.out_features)
+    for row, out in zip(inputs, y, strict=True):
+        multiply_one(row, weight, bias, out)
+    return y.view(*x.shape[:-1], -1)
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each row beginning where a GPU can load 16 bytes."""
+    per_load = GPU_LOAD_BYTES // x.element_size()
+    wide = x.new_empty(len(x), -(-x.shape[1] // per_load) * per_load)
+    return wide[:, : x.shape[1]].copy_(x)
+
+
+def multiply_stored(
+    x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`matmul` of a prepared weight through its numbers: x goes into their order."""
+    from .prepared_cuda import dequantize_stored
+
+    large = x.numel() >= GEMM_FROM * weight.spec.in_features
+    dtype = x.dtype if large else torch.float32
+    x_stored = x = x.detach()
+    if "target" in weight.tensors:
+        x_stored = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x_stored.index_copy_(-1, weight["target"].to(torch.int64), x)
+    bias = None if bias is None else bias.to(dtype)
+    return linear(x_stored.to(dtype), dequantize_stored(weight, dtype), bias).to(x.dtype)
+
+
+def check_input(
+    x: torch.Tensor, matrix: SpqrMatrix | PreparedMatrix, bias: torch.Tensor | None
+) -> None:
     """Raise InputError unless x and bias fit the weight."""
     columns = matrix.spec.in_features
     if x.dtype not in DTYPES:
@@ -358,7 +410,8 @@ def check_input(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) 
         raise InputError(
             f"x has shape {list(x.shape)}; its last axis must be in_features ({columns})"
         )
-    if not (x.is_cpu and matrix["codes"].is_cpu) and x.device != matrix.device:
+    on_cpu = x.is_cpu and isinstance(matrix, SpqrMatrix) and matrix["codes"].is_cpu
+    if not on_cpu and x.device != matrix.device:
         raise InputError(f"x is on {x.device}, the weight on {matrix.device}")
     if bias is not None and bias.shape != (matrix.spec.out_features,):
         raise InputError(

@@ -46,6 +46,16 @@ OCTET = 8  # groups
 UNIT_OCTETS = 4
 UNIT_GROUPS = UNIT_OCTETS * OCTET
 HALF = 16  # bits of half a word
+MANTISSA_BITS = 10  # of fp16
+PLACES_OF_2 = (
+    *((0, 0), (1, 0), (0, 10), (1, 10), (0, 2), (1, 2), (0, 12), (1, 12)),
+    *((0, 4), (1, 4), (0, 14), (1, 14), (0, 6), (0, 8), (1, 6), (1, 8)),
+)  # (word, shift) of each pair of 2 bits
+PLACES_OF_3 = (
+    *((0, 0), (1, 0), (2, 0), (0, 15), (0, 3), (1, 3), (2, 3), (0, 9)),
+    *((0, 6), (1, 6), (2, 6), (0, 12), (1, 9), (1, 12), (2, 9), (2, 12)),
+)  # the fourth lies elsewhere too
+COPIED_TOGETHER = 8  # outliers: 16 bytes
 STATISTICS = ("scale", "zero")
 SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
 OUTLIERS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
@@ -140,7 +150,7 @@ class PreparedMatrix:
 def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
     """Rearrange a weight for which `can_prepare` holds, on the device where it is."""
     spec = matrix.spec
-    tensors = {name: matrix[name] for name in OUTLIERS if name in matrix.tensors}
+    tensors = outlier_buffers(matrix)
     prepared = PreparedMatrix(spec, tensors)
     tensors["code_words"] = code_words(matrix, prepared)
     tensors["stat_words"] = stat_words(matrix, prepared)
@@ -148,6 +158,17 @@ def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
     if "permutation" in matrix.tensors:
         tensors["target"] = inverse(matrix["permutation"])
     return prepared
+
+
+def outlier_buffers(matrix: SpqrMatrix) -> dict[str, torch.Tensor]:
+    """The sparse part, with room behind its ends: a GPU copies 16 bytes at a time."""
+    tensors = {name: matrix[name] for name in OUTLIERS if name in matrix.tensors}
+    for name in OUTLIERS[1:]:
+        if name in tensors:
+            count = len(tensors[name])
+            with_room = tensors[name].new_zeros(count + COPIED_TOGETHER)
+            tensors[name] = with_room[:count].copy_(tensors[name])
+    return tensors
 
 
 def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
@@ -214,13 +235,25 @@ def unpack_pairs(words: torch.Tensor, bits: int) -> torch.Tensor:
 def pair_places(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
     """Where a pair's lower code lies: (word, shift, first bit of the code, how many bits).
 
-    A half of a word has room for 16 // bits codes; of 3 bits five, and the sixteenth pair takes
+    The pairs 4j ... 4j + 3 are one operand, rows g and g + 8 in turns. Where they lie keeps
+    `shift_and_place` simple: the codes of a row in one operand are at one place once they are in
+    the mantissa of a half. Of 3 bits a half of a word takes five codes; the sixteenth pair takes
     the last bit of each of the three words.
     """
-    position, word = divmod(pair, bits)
-    if (position + 1) * bits <= HALF:
-        return [(word, position * bits, 0, bits)]
-    return [(word, HALF - 1, word, 1) for word in range(bits)]
+    operand, register = divmod(pair, 4)
+    if bits == 4:
+        return [(register, 4 * operand, 0, 4)]
+    if bits == 3 and pair == 3:
+        return [(word, HALF - 1, word, 1) for word in range(bits)]
+    word, shift = (PLACES_OF_2 if bits == 2 else PLACES_OF_3)[pair]
+    return [(word, shift, 0, bits)]
+
+
+def shift_and_place(bits: int, shift: int) -> tuple[int, int]:
+    """How far a word moves to the right, and which bit a code at `shift` is at then: within the
+    ten bits of a half's mantissa."""
+    places = {2: 10, 3: 6, 4: 8}[bits] if shift + bits > MANTISSA_BITS else 0
+    return places, shift - places
 
 
 def octets_and_pairs(spec: MatrixSpec) -> tuple[int, int]:

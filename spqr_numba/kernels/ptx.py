@@ -6,9 +6,26 @@ product and a sum into one multiply-add wherever it sees both, and cannot see in
 
 from __future__ import annotations
 
-from llvmlite import ir
+from functools import cache
+from typing import Any
 
-__all__ = ["emit", "targets_gpu"]
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["Ptx", "emit", "f32", "i32", "targets_gpu"]
+
+WORD, FLOAT = ir.IntType(32), ir.FloatType()
+
+
+def i32(value: int) -> ir.Constant:
+    """A word."""
+    return ir.Constant(WORD, value)
+
+
+def f32(value: float) -> ir.Constant:
+    """A float32."""
+    return ir.Constant(FLOAT, value)
 
 
 def targets_gpu(builder: ir.IRBuilder) -> bool:
@@ -21,3 +38,191 @@ def emit(builder: ir.IRBuilder, instruction: str, constraints: str, result, argu
     types = [argument.type for argument in arguments]
     assembly = ir.InlineAsm(ir.FunctionType(result, types), f"{instruction};", constraints)
     return builder.call(assembly, arguments)
+
+
+class Ptx:
+    """Writes PTX instructions over LLVM values, in the order in which they are asked for.
+
+    Words are 32-bit registers; a word may hold two halves, fp16 or bf16, the lower first.
+    """
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.builder = builder
+
+    def emit(self, text: str, constraints: str, results: list, arguments: list, ordered=False):
+        """One instruction, or a few in braces; `ordered` where it must keep its place."""
+        if not results:
+            results = [ir.VoidType()]
+        result = results[0] if len(results) == 1 else ir.LiteralStructType(results)
+        types = [argument.type for argument in arguments]
+        function = ir.FunctionType(result, types)
+        text = text if text.startswith("{") else f"{text};"
+        assembly = ir.InlineAsm(function, text, constraints, side_effect=ordered)
+        value = self.builder.call(assembly, arguments)
+        if len(results) == 1:
+            return value
+        return [self.builder.extract_value(value, i) for i in range(len(results))]
+
+    def load_shared(self, address: ir.Value) -> list[ir.Value]:
+        """Four words of shared memory, 16 bytes at an i32 address."""
+        text = "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4]"
+        return self.emit(text, "=r,=r,=r,=r,r", [WORD] * 4, [address], ordered=True)
+
+    def load_shared_word(self, address: ir.Value) -> ir.Value:
+        """One word of shared memory at an i32 address."""
+        return self.emit("ld.shared.u32 $0, [$1]", "=r,r", [WORD], [address], ordered=True)
+
+    def load_shared_floats(self, address: ir.Value) -> list[ir.Value]:
+        """Two float32 of shared memory, 8 bytes at an i32 address."""
+        text = "ld.shared.v2.f32 {$0, $1}, [$2]"
+        return self.emit(text, "=f,=f,r", [FLOAT] * 2, [address], ordered=True)
+
+    def masked_or(self, word: ir.Value, mask: int, other: ir.Value) -> ir.Value:
+        """word & mask | other, in one instruction."""
+        arguments = [word, i32(mask), other]
+        return self.emit("lop3.b32 $0, $1, $2, $3, 0xEA", "=r,r,r,r", [WORD], arguments)
+
+    def fma_halves(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c of both fp16 halves, rounded once."""
+        return self.emit("fma.rn.f16x2 $0, $1, $2, $3", "=r,r,r,r", [WORD], [a, b, c])
+
+    def floats(self, word: ir.Value) -> list[ir.Value]:
+        """Both fp16 halves of a word as float32."""
+        text = (
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+        )
+        return self.emit(text, "=f,=f,r", [FLOAT] * 2, [word])
+
+    def mma(self, sums: list, a: list, b: list, kind: str) -> list[ir.Value]:
+        """sums + A B in float32: A [16, 16] row-major, B [16, 8], sums [16, 8], as lanes hold them
+        for mma.m16n8k16."""
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13}"
+        )
+        constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+        return self.emit(text, constraints, [FLOAT] * 4, [*a, *b, *sums])
+
+
+# --- For kernels: memory, barriers, the copy engine
+
+
+def _loader(name: str, instruction: str, constraint: str, result: Any, llvm: Any, doc: str) -> Any:
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, arguments):
+            return Ptx(builder).emit(
+                instruction, f"{constraint},l", [llvm], arguments, ordered=True
+            )
+
+        return result(types.int64), codegen
+
+    load.__name__, load.__doc__ = name, doc
+    return load
+
+
+load_int32 = _loader(
+    "load_int32", "ld.global.nc.b32 $0, [$1]", "=r", types.int32, WORD, "int32 at an address."
+)
+load_uint16 = _loader(
+    "load_uint16",
+    "ld.global.nc.b16 $0, [$1]",
+    "=h",
+    types.uint16,
+    ir.IntType(16),
+    "uint16 at an address.",
+)
+
+
+@intrinsic
+def load_words(typingctx, address):
+    """Four int32 at an address that 16 divides."""
+    result = types.UniTuple(types.int32, 4)
+
+    def codegen(context, builder, signature, arguments):
+        text = "ld.global.v4.u32 {$0, $1, $2, $3}, [$4]"
+        words = Ptx(builder).emit(text, "=r,=r,=r,=r,l", [WORD] * 4, arguments, ordered=True)
+        value = ir.Constant(context.get_value_type(result), ir.Undefined)
+        for i, word in enumerate(words):
+            value = builder.insert_value(value, word, i)
+        return value
+
+    return result(types.int64), codegen
+
+
+@intrinsic
+def store_uint16(typingctx, address, value):
+    """uint16 to an address."""
+
+    def codegen(context, builder, signature, arguments):
+        Ptx(builder).emit("st.global.b16 [$0], $1", "l,h", [], arguments, ordered=True)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.uint16), codegen
+
+
+def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
+    """An intrinsic without a result, that nothing may move across."""
+    signature_of = types.none(*arguments)
+    letters = {types.int32: "r", types.int64: "l"}
+    constraints = ",".join([letters[argument] for argument in arguments] + ["~{memory}"])
+
+    def codegen(context, builder, signature, values):
+        Ptx(builder).emit(instruction, constraints, [], values, ordered=True)
+        return context.get_dummy_value()
+
+    def typing(typingctx, *given):
+        return signature_of, codegen
+
+    parameters = ", ".join(f"a{i}" for i in range(len(arguments)))
+    scope: dict[str, Any] = {"typing": typing}
+    exec(f"def {name}(typingctx, {parameters}): return typing(typingctx)", scope)
+    scope[name].__doc__ = doc
+    return intrinsic(scope[name])
+
+
+wait_for_dependencies = _effect(
+    "wait_for_dependencies",
+    "griddepcontrol.wait",
+    (),
+    "Until what ran before has written its results.",
+)
+let_dependents_start = _effect(
+    "let_dependents_start", "griddepcontrol.launch_dependents", (), "What runs next may start."
+)
+copy_ahead = _effect(
+    "copy_ahead",
+    "cp.async.cg.shared.global [$0], [$1], 16",
+    (types.int32, types.int64),
+    "Copy 16 bytes from global to shared memory, while the thread goes on.",
+)
+end_of_copies = _effect(
+    "end_of_copies",
+    "cp.async.commit_group",
+    (),
+    "What was copied ahead since the last time is one group.",
+)
+
+
+@cache
+def copies_done(groups: int) -> Any:
+    """An intrinsic that waits for all groups of copies but the latest `groups`."""
+    text = f"cp.async.wait_group {groups}"
+    return _effect("wait_for_copies", text, (), "Until earlier copies are there.")
+
+
+prefetch = _effect("prefetch", "prefetch.global.L2 [$0]", (types.int64,), "Bring a line into L2.")
+
+
+@intrinsic
+def shared_address(typingctx, array):
+    """Where a shared array begins, as PTX counts shared memory."""
+
+    def codegen(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.ptrtoint(data, ir.IntType(64))
+        text = "{ .reg .u64 at; cvta.to.shared.u64 at, $1; cvt.u32.u64 $0, at; }"
+        return Ptx(builder).emit(text, "=r,l", [WORD], [address])
+
+    return types.int32(array), codegen

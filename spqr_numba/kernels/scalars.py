@@ -18,6 +18,7 @@ from .ptx import emit, targets_gpu
 __all__ = [
     "FP16_MAX",
     "ZERO_LIMIT",
+    "bfloat_to_float",
     "code_of",
     "decoded_statistic",
     "float_to_bfloat",
@@ -25,6 +26,7 @@ __all__ = [
     "funnel_shift",
     "half_to_float",
     "integer_to_float",
+    "power_of_two",
     "product",
     "round_through_half",
     "round_to_even",
@@ -61,6 +63,28 @@ def float_to_half(typingctx, value):
         return builder.bitcast(builder.fptrunc(arguments[0], HALF), HALF_BITS)
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def bfloat_to_float(typingctx, bfloat_bits):
+    """The float32 value of bf16 bits (uint16)."""
+
+    def codegen(context, builder, signature, arguments):
+        word = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.Constant(word.type, 16)), FLOAT)
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def power_of_two(typingctx, exponent):
+    """2^exponent (int32, -126 ... 127) as float32."""
+
+    def codegen(context, builder, signature, arguments):
+        biased = builder.add(arguments[0], ir.Constant(arguments[0].type, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(biased.type, 23)), FLOAT)
+
+    return types.float32(types.int32), codegen
 
 
 @intrinsic

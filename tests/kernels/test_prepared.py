@@ -57,12 +57,18 @@ def test_other_settings_stay_canonical(settings: dict[str, Any]) -> None:
 
 
 def test_pairs_by_hand() -> None:
-    """Of 3 bits, pair k lies in word k % 3 at bit 3 * (k // 3); the last one in the top bits."""
+    """Of 3 bits, pair 4 is at bit 3 of word 0; pair 3 lies in the top bits of all three."""
     codes = torch.zeros(16, 1, 2, dtype=torch.uint8)
     codes[4, 0] = torch.tensor([5, 2])
-    codes[15, 0] = torch.tensor([0b101, 0b010])
+    codes[3, 0] = torch.tensor([0b101, 0b010])
     words = pack_pairs(codes, 3)
-    high = 1 << 15
-    expected = [high, 5 << 3 | 2 << 19 | high << 16, high]
+    expected = [5 << 3 | 2 << 19 | 1 << 15, 1 << 31, 1 << 15]
     assert [int(word) & 0xFFFFFFFF for word in words[:, 0]] == expected
     assert torch.equal(unpack_pairs(words, 3), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_pairs_fill_the_words(bits: int) -> None:
+    """All codes at their largest set every bit but those that 16 pairs leave over."""
+    codes = torch.full((16, 1, 2), 2**bits - 1, dtype=torch.uint8)
+    assert [int(word) for word in pack_pairs(codes, bits)[:, 0]] == [-1] * bits

@@ -1,0 +1,190 @@
+"""The product of a prepared weight on a GPU: its PTX, and what it gives, element by element.
+
+PTX needs the package numba-cuda, and no GPU; test_matmul.py has matrices that stay canonical.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.format.matrix import SpqrMatrix
+from spqr_numba.kernels.matmul import matmul
+from spqr_numba.kernels.prepared import prepare
+
+from ..problems import make_spec
+from .test_matmul import assert_right, make_x
+
+needs_numba_cuda = pytest.mark.skipif(
+    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
+)
+HALVES = [torch.float16, torch.bfloat16]
+FOUR_BITS = {"bits": 4, "scale_bits": 4, "zero_bits": 4}
+TWO_BITS = {"bits": 2, "scale_bits": 2, "zero_bits": 2}
+GROUP_8 = {"group_size": 8, "stats_group_size": 64}
+
+# rows, columns, settings, outliers a row, permuted
+CASES: dict[str, tuple[int, int, dict[str, int], Any, bool]] = {
+    "paper": (64, 1024, {}, 10, True),
+    "ragged": (37, 300, {}, 3, True),
+    "no whole load": (37, 75, {}, 3, True),
+    "one row": (1, 640, {}, 3, True),
+    "one column": (20, 1, {}, 1, True),
+    "no outliers": (40, 512, {}, None, True),
+    "none found": (40, 512, {}, 0, True),
+    "in order": (40, 520, {}, 2, False),
+    "all outliers in one row": (40, 900, {}, [0] * 7 + [900] + [0] * 32, True),
+    "4 bit": (50, 700, FOUR_BITS, 2, True),
+    "2 bit": (50, 700, TWO_BITS, 2, True),
+    "group 8, stats 64": (130, 700, GROUP_8, 2, True),
+    "long": (48, 28672, {}, 290, True),
+    "tall": (9000, 64, {}, 1, True),
+}
+
+
+def build(name: str) -> SpqrMatrix:
+    rows, columns, settings, outliers, permuted = CASES[name]
+    spec = make_spec(rows, columns, **settings)
+    return random_matrix(spec, outliers, permuted=permuted)
+
+
+def run(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product on a GPU, over memory that last held NaN."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    weight = prepare(matrix.to("cuda"))
+    torch.full((len(x), matrix.spec.out_features), float("nan"), dtype=x.dtype, device="cuda")
+    bias = None if bias is None else bias.cuda()
+    return matmul(x.cuda(), weight, bias).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_matrix(name: str, dtype: torch.dtype) -> None:
+    matrix = build(name)
+    x = make_x(2, matrix.spec.in_features, dtype=dtype)
+    assert_right(run(x, matrix), x, matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 7, 16, 17, 33, 130])
+def test_batches(batch: int, dtype: torch.dtype) -> None:
+    matrix = build("ragged")
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
+    bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
+    assert_right(run(x, matrix, bias), x, matrix, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [1e3, 1e-3, 1e-7, 6e4])
+def test_spikes(size: float, dtype: torch.dtype) -> None:
+    """Some inputs far larger or smaller than others, down to subnormal ones."""
+    matrix = build("paper")
+    x = make_x(3, matrix.spec.in_features).clamp(-1, 1)
+    x[:, ::7] *= size
+    x = x.to(dtype)
+    assert_right(run(x, matrix), x, matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_the_range_of_bfloat(size: float) -> None:
+    matrix = build("paper")
+    x = (make_x(2, matrix.spec.in_features) * size).bfloat16()
+    assert_right(run(x, matrix), x, matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_bad_inputs_stay_in_their_row(bad: float, dtype: torch.dtype) -> None:
+    matrix = build("ragged")
+    x = make_x(3, matrix.spec.in_features, dtype=dtype)
+    x[1, 5] = bad
+    y = run(x, matrix)
+    assert not torch.isfinite(y[1]).any()
+    assert_right(y[[0, 2]], x[[0, 2]], matrix)
+
+
+@pytest.mark.gpu
+def test_same_bits_twice_and_in_a_graph() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    weight = prepare(build("paper").to("cuda"))
+    x = make_x(1, weight.spec.in_features, dtype=torch.float16).cuda()
+    expected = matmul(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = matmul(x, weight)
+    y.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype"),
+    [
+        (3, 16, torch.float16),
+        (3, 16, torch.bfloat16),
+        (2, 16, torch.float16),
+        (4, 16, torch.bfloat16),
+        (3, 8, torch.float16),
+    ],
+    ids=str,
+)
+def test_ptx(
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    from spqr_numba.kernels.matmul_cuda import SIGNATURE, KernelSpec, product_kernel
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
+    unit = UnitSpec(bits, bits, group_size)
+    kernel = product_kernel.__wrapped__(KernelSpec(unit, dtype, 2, capability[0] >= 9))
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx, _ = cuda.compile_ptx(kernel.py_func, SIGNATURE, cc=capability, launch_bounds=bounds)
+    assert ".f64" not in ptx
+    assert ".local" not in ptx
+    products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*f32\.f16\.f16\.f32", ptx))
+    assert products == 2 * group_size  # one for 16 rows and 16 columns of a unit
+    assert "cp.async.cg.shared.global" in ptx
+    assert ("griddepcontrol.wait" in ptx) == (capability[0] >= 9)
+    assert_no_spills(ptx, capability, tmp_path)
+
+
+def assert_no_spills(ptx: str, capability: tuple[int, int], folder: Path) -> None:
+    """By the assembler's own account, where there is one; an older one knows these instructions."""
+    assembler = shutil.which("ptxas")
+    if assembler is None:
+        return
+    source = folder / "kernel.ptx"
+    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.6", ptx))
+    target = f"sm_{capability[0]}{capability[1]}"
+    command = [assembler, "-v", f"-arch={target}", str(source), "-o", str(folder / "kernel.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr
