@@ -44,8 +44,8 @@ from .prepared import (
     PreparedMatrix,
 )
 from .ptx import (
+    copier,
     copies_done,
-    copy_ahead,
     end_of_copies,
     let_dependents_start,
     load_int32,
@@ -74,6 +74,7 @@ WARPS = 8  # of a block
 BLOCKS_PER_SM = 2  # whose registers fit
 STAGES = 2  # of a warp's ring, where they fit
 ALIGNMENT = 128
+LOAD_BYTES = 16
 EARLY_FROM = 9  # the compute capability that has programmatic dependent launch
 ALL = 0xFFFFFFFF  # lanes
 EXPONENT_BIAS = 127
@@ -101,8 +102,7 @@ class KernelSpec:
 class Weight(NamedTuple):
     """Addresses of a prepared weight's buffers, 0 for one that is not there, and its sizes."""
 
-    code_words: int
-    stat_words: int
+    records: int
     second_level: int
     outlier_row_offsets: int
     outlier_columns: int
@@ -111,12 +111,11 @@ class Weight(NamedTuple):
     rows: int
     columns: int
     tiles: int
-    blocks: int
     units: int
-    stats_tiles: int  # tiles of a stats group
+    stats_shift: int  # log2 of the tiles of a stats group
 
 
-BUFFERS = Weight._fields[:7]
+BUFFERS = Weight._fields[:6]
 
 
 class Plan(NamedTuple):
@@ -161,13 +160,13 @@ class Work(NamedTuple):
 
 
 SIGNATURE = (
-    types.NamedTuple([types.int64] * 7 + [types.int32] * 6, Weight),
+    types.NamedTuple([types.int64] * 6 + [types.int32] * 5, Weight),
     *(types.int64,) * 3,
     types.NamedTuple([types.int32] * 2, Plan),
 )
 ARGUMENT_TYPES = (
-    *(ctypes.c_int64,) * 7,
-    *(ctypes.c_int32,) * 6,
+    *(ctypes.c_int64,) * 6,
+    *(ctypes.c_int32,) * 5,
     *(ctypes.c_int64,) * 3,
     *(ctypes.c_int32,) * 2,
 )
@@ -309,28 +308,23 @@ def following_function(spec: KernelSpec) -> Any:
 
 def unit_filler(spec: UnitSpec) -> Any:
     """fill(weight, tile, unit, to, lane): one unit on its way to shared memory."""
-    blocks, block_bytes = spec.blocks, spec.block_bytes
-    stat_bytes, second_bytes = spec.stat_bytes, spec.second_bytes
-    code_bytes, warp_bytes = blocks * block_bytes, 16 * LANES
+    record_bytes, second_bytes = spec.record_bytes, spec.second_bytes
+    warp_bytes, rest = LANES * LOAD_BYTES, record_bytes % (LANES * LOAD_BYTES)
+    copy_record = copier(*range(0, record_bytes - rest, warp_bytes))
+    copy_rest, copy_second = copier(record_bytes - rest), copier(record_bytes)
 
     @cuda.jit(device=True, inline="always")
     def fill(weight, tile, unit, to, lane):
-        first_block = unit * blocks
-        own, to = 16 * lane, int32(to + 16 * lane)
-        source = weight.code_words + (tile * weight.blocks + first_block) * block_bytes + own
-        for at in range(0, block_bytes, warp_bytes):
-            copy_ahead(int32(to + at), source + at)
-        for block in range(1, blocks):
-            if first_block + block < weight.blocks:
-                for at in range(block * block_bytes, (block + 1) * block_bytes, warp_bytes):
-                    copy_ahead(int32(to + at), source + at)
-        if own < stat_bytes:
-            source = weight.stat_words + (tile * weight.units + unit) * stat_bytes + own
-            copy_ahead(int32(to + code_bytes), source)
+        own = int32(LOAD_BYTES * lane)
+        to = int32(to + own)
+        source = weight.records + np.int64(tile * weight.units + unit) * record_bytes + own
+        copy_record(to, source)
+        if own < rest:
+            copy_rest(to, source)
         if own < second_bytes:
-            source = weight.second_level + own
-            source += (tile // weight.stats_tiles * weight.units + unit) * second_bytes
-            copy_ahead(int32(to + code_bytes + stat_bytes), source)
+            stats = (tile >> weight.stats_shift) * weight.units + unit
+            source = weight.second_level + np.int64(stats) * second_bytes + own - record_bytes
+            copy_second(to, source)
 
     return fill
 
@@ -338,7 +332,7 @@ def unit_filler(spec: UnitSpec) -> Any:
 def outlier_copier(spec: KernelSpec) -> Any:
     """copy_outliers(...) -> whether there is room for those of the warp's rows, which then are on
     their way; where each row's begin goes to `integers`."""
-    threads = spec.threads
+    threads, copy_ahead = spec.threads, copier(0)
 
     @cuda.jit(device=True, inline="always")
     def copy_outliers(weight, plan, work, places, integers):
@@ -478,18 +472,23 @@ def outliers_function(spec: KernelSpec) -> Any:
     wait_for_first = copies_done(spec.stages - 1)
 
     @cuda.jit(device=True, inline="always")
-    def product(column, value, staged):
+    def product(weight, at, end, copied, first, room, staged):
+        if at >= end:
+            return np.float32(0)
+        if copied:
+            column, value = staged[first + at], staged[first + at + room]
+        else:
+            column = load_uint16(weight.outlier_columns + HALF_BYTES * at)
+            value = load_uint16(weight.outlier_values + HALF_BYTES * at)
         return half_to_float(value) * half_to_float(staged[ZERO_HALVES + column])
 
     @cuda.jit(device=True, inline="always")
     def row_sum(weight, begin, end, copied, first, room, staged):
-        total = np.float32(0)
-        for at in range(begin, end, LANES):
-            if copied:
-                total += product(staged[first + at], staged[first + at + room], staged)
-            else:
-                column = load_uint16(weight.outlier_columns + 2 * at)
-                total += product(column, load_uint16(weight.outlier_values + 2 * at), staged)
+        total, other = np.float32(0), np.float32(0)  # two at once, to wait for both together
+        for at in range(begin, end, 2 * LANES):
+            total += product(weight, at, end, copied, first, room, staged)
+            other += product(weight, int32(at + LANES), end, copied, first, room, staged)
+        total += other
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(ALL, total, distance)
         return total
@@ -710,7 +709,6 @@ def addresses(weight: PreparedMatrix) -> Weight:
         rows=spec.out_features,
         columns=spec.in_features,
         tiles=weight.tiles,
-        blocks=weight.blocks,
         units=weight.units,
-        stats_tiles=spec.stats_group_size // TILE_ROWS,
+        stats_shift=(spec.stats_group_size // TILE_ROWS).bit_length() - 1,
     )

@@ -12,16 +12,17 @@ mma.m16n8k16, in the order (octet, p, group t or t + 4, row g or g + 8). `pack_p
 `bits` words, the lower column in the lower half of a word; the four quarters' words of one number
 lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Scale and zero codes take the
 same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1, four
-octets together, which are one *unit*.
+octets together, which are one *unit*. A tile's unit is one record: its blocks, then its statistics.
 
     buffer        dtype  shape                                 instead of
-    code_words    int32  [tiles, blocks, bits, 32 lanes, 4]    codes
-    stat_words    int32  [tiles, units, stat_bits, 32 lanes]   scale_codes, zero_codes
+    records       int32  [tiles, units, words]                 codes, scale_codes, zero_codes
+        its blocks       [blocks of a unit, bits, 32 lanes, 4]
+        its statistics   [stat_bits, 32 lanes]
     second_level  fp16   [stats_groups, 4 * units, 4, 4, 2]    scale_scale, scale_zero, zero_scale,
                                                                zero_zero (of groups 2t and 2t + 1)
     target        uint16 [in_features]                         permutation; its inverse
 
-Outliers stay as they are. Rows beyond the last tile's and columns beyond the last block's are 0.
+Outliers stay as they are. Rows beyond the last tile's and columns beyond the last unit's are 0.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class PreparedMatrix:
     @property
     def device(self) -> torch.device:
         """Where all the buffers lie."""
-        return self["code_words"].device
+        return self["records"].device
 
     @property
     def nbytes(self) -> int:
@@ -103,14 +104,21 @@ class PreparedMatrix:
         return ceil_div(self.spec.out_features, TILE_ROWS)
 
     @property
-    def blocks(self) -> int:
-        """Runs of 256 columns; the last may be ragged."""
-        return ceil_div(self.spec.in_features, BLOCK_COLUMNS)
-
-    @property
     def units(self) -> int:
         """Runs of 32 groups; the last may be ragged."""
         return ceil_div(self.spec.groups, UNIT_GROUPS)
+
+    @property
+    def code_words(self) -> torch.Tensor:
+        """int32 [tiles, units, blocks of a unit, bits, 32, 4], a view of the records."""
+        words = self["records"][..., : -self.spec.scale_bits * LANES]
+        return words.unflatten(2, (-1, self.spec.bits, LANES, QUARTERS))
+
+    @property
+    def stat_words(self) -> torch.Tensor:
+        """int32 [tiles, units, stat_bits, 32], a view of the records."""
+        words = self["records"][..., -self.spec.scale_bits * LANES :]
+        return words.unflatten(2, (self.spec.scale_bits, LANES))
 
     def canonical(self) -> SpqrMatrix:
         """The buffers as layout.py lists them."""
@@ -125,16 +133,16 @@ class PreparedMatrix:
 
     def _codes(self) -> torch.Tensor:
         """uint8 [n, m]."""
-        pairs = unpack_pairs(self["code_words"].movedim(2, 0), self.spec.bits)
+        pairs = unpack_pairs(self.code_words.movedim(3, 0), self.spec.bits)
         octets, per_quarter = octets_and_pairs(self.spec)
-        pairs = pairs.view(octets, per_quarter, 2, 2, self.tiles, self.blocks, 8, 4, QUARTERS, 2)
-        codes = pairs.permute(5, 0, 2, 7, 8, 1, 9, 4, 3, 6)
-        codes = codes.reshape(self.blocks * BLOCK_COLUMNS, self.tiles * TILE_ROWS)
+        shape = octets, per_quarter, 2, 2, self.tiles, -1, 8, 4, QUARTERS, 2
+        codes = pairs.view(shape).permute(5, 0, 2, 7, 8, 1, 9, 4, 3, 6)
+        codes = codes.reshape(-1, self.tiles * TILE_ROWS)
         return codes[: self.spec.in_features, : self.spec.out_features]
 
     def _statistic_codes(self) -> torch.Tensor:
         """uint8 [2, groups, m]: of scales, of zeros."""
-        pairs = unpack_pairs(self["stat_words"].movedim(2, 0), self.spec.scale_bits)
+        pairs = unpack_pairs(self.stat_words.movedim(2, 0), self.spec.scale_bits)
         pairs = pairs.view(UNIT_OCTETS, 2, 2, self.tiles, self.units, 8, 4, 2)
         codes = pairs.permute(2, 4, 0, 6, 7, 3, 1, 5)
         codes = codes.reshape(2, self.units * UNIT_GROUPS, self.tiles * TILE_ROWS)
@@ -152,8 +160,9 @@ def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
     spec = matrix.spec
     tensors = outlier_buffers(matrix)
     prepared = PreparedMatrix(spec, tensors)
-    tensors["code_words"] = code_words(matrix, prepared)
-    tensors["stat_words"] = stat_words(matrix, prepared)
+    tensors["records"] = torch.cat(
+        [code_words(matrix, prepared), stat_words(matrix, prepared)], dim=2
+    )
     tensors["second_level"] = second_level(matrix, prepared)
     if "permutation" in matrix.tensors:
         tensors["target"] = inverse(matrix["permutation"])
@@ -172,18 +181,18 @@ def outlier_buffers(matrix: SpqrMatrix) -> dict[str, torch.Tensor]:
 
 
 def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
-    """int32 [tiles, blocks, bits, 32, 4]."""
-    tiles, blocks = prepared.tiles, prepared.blocks
-    codes = unpack_codes(matrix["codes"], matrix.spec.bits, matrix.spec.in_features)
-    codes = padded(codes, blocks * BLOCK_COLUMNS, tiles * TILE_ROWS)
-    octets, per_quarter = octets_and_pairs(matrix.spec)
-    codes = codes.view(blocks, octets, 2, 4, QUARTERS, per_quarter, 2, tiles, 2, 8)
-    pairs = codes.permute(1, 5, 2, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, blocks, LANES, 4, 2)
-    return pack_pairs(pairs, matrix.spec.bits).movedim(0, 2).contiguous()
+    """int32 [tiles, units, words of its blocks]."""
+    spec, tiles, units = matrix.spec, prepared.tiles, prepared.units
+    codes = unpack_codes(matrix["codes"], spec.bits, spec.in_features)
+    codes = padded(codes, units * UNIT_GROUPS * spec.group_size, tiles * TILE_ROWS)
+    octets, per_quarter = octets_and_pairs(spec)
+    codes = codes.view(-1, octets, 2, 4, QUARTERS, per_quarter, 2, tiles, 2, 8)
+    pairs = codes.permute(1, 5, 2, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, -1, LANES, 4, 2)
+    return pack_pairs(pairs, spec.bits).movedim(0, 2).reshape(tiles, units, -1)
 
 
 def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
-    """int32 [tiles, units, stat_bits, 32]."""
+    """int32 [tiles, units, words of its statistics]."""
     spec, tiles, units = matrix.spec, prepared.tiles, prepared.units
     codes = torch.stack(
         [
@@ -197,7 +206,7 @@ def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
     )
     codes = codes.view(2, units, UNIT_OCTETS, 4, 2, tiles, 2, 8)
     pairs = codes.permute(2, 6, 0, 5, 1, 7, 3, 4).reshape(PAIRS, tiles, units, LANES, 2)
-    return pack_pairs(pairs, spec.scale_bits).movedim(0, 2).contiguous()
+    return pack_pairs(pairs, spec.scale_bits).movedim(0, 2).reshape(tiles, units, -1)
 
 
 def second_level(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:

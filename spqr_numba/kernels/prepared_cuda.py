@@ -21,7 +21,6 @@ import torch
 from ..format.layout import MatrixSpec
 from .launch import array_of, numba_cuda, stream_of
 from .prepared import (
-    BLOCK_COLUMNS,
     HALF,
     OCTET,
     PAIRS,
@@ -68,11 +67,11 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
 def views(weight: PreparedMatrix) -> Views:
     """What the kernel reads."""
     halves = weight["second_level"].view(torch.uint16)
-    nothing = weight["stat_words"].flatten()[:0]
+    nothing = weight["records"].flatten()[:0]
     has = "outlier_values" in weight.tensors
     return Views(
-        array_of(weight["code_words"]),
-        array_of(weight["stat_words"]),
+        array_of(weight.code_words),
+        array_of(weight.stat_words),
         array_of(halves),
         array_of(weight["outlier_row_offsets"] if has else nothing),
         array_of(weight["outlier_columns"] if has else nothing.to(torch.uint16)),
@@ -155,18 +154,16 @@ def code_function(bits: int, group_size: int) -> Any:
     field = field_function(bits)
     spec = MatrixSpec(1, group_size, bits, group_size, TILE_ROWS, bits, bits)
     octets, per_quarter = octets_and_pairs(spec)
-    blocks = UNIT_GROUPS * group_size // BLOCK_COLUMNS
     in_quarter = group_size // QUARTERS
 
     @cuda.jit(device=True)
     def code_at(code_words, tile, unit, row, group, k):
         octet, in_octet = group // OCTET, group % OCTET
-        block, octet = unit * blocks + octet // octets, octet % octets
-        block = min(block, code_words.shape[1] - 1)  # beyond it, nothing is written
+        block, octet = octet // octets, octet % octets
         lane = row % 8 * 4 + in_octet % 4
         quarter, k = k // in_quarter, k % in_quarter
         pair = (octet * per_quarter + k // 2) * 4 + in_octet // 4 * 2 + row // 8
-        return field(code_words[tile, block, :, :, quarter], lane, pair, k % 2)
+        return field(code_words[tile, unit, block, :, :, quarter], lane, pair, k % 2)
 
     return code_at
 

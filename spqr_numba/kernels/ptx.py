@@ -191,12 +191,17 @@ wait_for_dependencies = _effect(
 let_dependents_start = _effect(
     "let_dependents_start", "griddepcontrol.launch_dependents", (), "What runs next may start."
 )
-copy_ahead = _effect(
-    "copy_ahead",
-    "cp.async.cg.shared.global [$0], [$1], 16",
-    (types.int32, types.int64),
-    "Copy 16 bytes from global to shared memory, while the thread goes on.",
-)
+
+
+@cache
+def copier(*distances: int) -> Any:
+    """copy_ahead(to, source): 16 bytes from each of these distances on, from global memory (int64)
+    to shared memory (int32), while the thread goes on."""
+    copies = [f"cp.async.cg.shared.global [$0 + {at}], [$1 + {at}], 16;" for at in distances]
+    text = "{ " + " ".join(copies) + " }"
+    return _effect("copy_ahead", text, (types.int32, types.int64), "Copy runs of 16 bytes.")
+
+
 end_of_copies = _effect(
     "end_of_copies",
     "cp.async.commit_group",

@@ -96,9 +96,14 @@ class UnitSpec:
         return UNIT_OCTETS * 4 * LOAD_BYTES
 
     @property
+    def record_bytes(self) -> int:
+        """Of a unit in a tile, without its second level."""
+        return self.blocks * self.block_bytes + self.stat_bytes
+
+    @property
     def bytes(self) -> int:
-        """Of a unit in a tile: codes, statistics codes, second level, in this order."""
-        return self.blocks * self.block_bytes + self.stat_bytes + self.second_bytes
+        """Of a unit in a tile: its record, its second level."""
+        return self.record_bytes + self.second_bytes
 
 
 @cache
