@@ -10,7 +10,7 @@ import click
 from ._command import Cell, Command, echo_table, emit, format_bytes
 
 if TYPE_CHECKING:
-    from spqr_numba.analysis import LayerSummary
+    from spqr_numba.analysis.checkpoint import LayerSummary
 
 __all__ = ["inspect"]
 
@@ -23,7 +23,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     CHECKPOINT is a folder that `spqr compress` wrote. Bits are measured from the bytes on disk; the
     loss is the squared error of the layer's output on the calibration text.
     """
-    from spqr_numba.analysis import inspect_checkpoint
+    from spqr_numba.analysis.checkpoint import inspect_checkpoint
 
     layers = inspect_checkpoint(checkpoint)
     total = _total(layers)
