@@ -23,7 +23,14 @@ from ..model.report import LAYERS_FILE, read_rows
 from ..model.skeleton import build_skeleton
 from ..model.source import FolderSource
 
-__all__ = ["PARTS", "LayerSummary", "by_depth_and_kind", "inspect_checkpoint", "read_matrix"]
+__all__ = [
+    "PARTS",
+    "LayerSummary",
+    "by_depth_and_kind",
+    "inspect_checkpoint",
+    "open_checkpoint",
+    "read_matrix",
+]
 
 UNKNOWN = (None, None)
 PARTS = {
@@ -84,7 +91,7 @@ def inspect_checkpoint(folder: Path | str) -> list[LayerSummary]:
 
     No weight is read. Raises CheckpointError where `folder` holds no whole checkpoint of ours.
     """
-    source, model, plans = _open(folder)
+    source, model, plans = open_checkpoint(folder)
     shapes = stored_shapes(model, [str(path) for path in source.path.glob("*.safetensors")])
     losses = _losses(source.path)
     layers = (
@@ -92,6 +99,17 @@ def inspect_checkpoint(folder: Path | str) -> list[LayerSummary]:
         for name, settings in plans.items()
     )
     return [_summarize(name, layer.matrix, *losses.get(name, UNKNOWN)) for name, layer in layers]
+
+
+def open_checkpoint(folder: Path | str) -> tuple[FolderSource, Any, dict[str, SpqrConfig]]:
+    """(source, skeleton of the dense model, name -> settings of each compressed linear).
+
+    Raises CheckpointError where `folder` holds no checkpoint of ours.
+    """
+    source = FolderSource(Path(folder))
+    config = _our_config(source)
+    model: Any = build_skeleton(source.config, torch.float16)
+    return source, model, plan(find_blocks(model), config)
 
 
 def by_depth_and_kind(
@@ -112,7 +130,7 @@ def read_matrix(folder: Path | str, layer: str) -> SpqrMatrix:
 
     Raises CheckpointError where `folder` holds none, InputError for a layer that it has not.
     """
-    source, model, settings = _open(folder)
+    source, model, settings = open_checkpoint(folder)
     if layer not in settings:
         raise InputError(
             f"the checkpoint has no compressed layer {layer!r}; its layers look like"
@@ -141,14 +159,6 @@ def _summarize(
         loss=loss,
         relative_loss=relative_loss,
     )
-
-
-def _open(folder: Path | str) -> tuple[FolderSource, Any, dict[str, SpqrConfig]]:
-    """(source, skeleton of the dense model, settings of each compressed linear)."""
-    source = FolderSource(Path(folder))
-    config = _our_config(source)
-    model: Any = build_skeleton(source.config, torch.float16)
-    return source, model, plan(find_blocks(model), config)
 
 
 def _our_config(source: FolderSource) -> Any:

@@ -73,15 +73,16 @@ def analyze(layer: CalibratedLayer, config: SpqrConfig) -> LayerAnalysis:
 def sensitivity(weight: torch.Tensor, hessian: torch.Tensor, config: SpqrConfig) -> Floats:
     """(w - w')^2 / (2 [H^-1]_jj): the loss by rounding one weight, when all others adapt to it.
 
-    weight [m, n] and hessian [n, n], fp32 -> fp32 [m, n]. w' is rounded to nearest at the bits and
-    groups of `config`, H damped as it says. Raises NumericsError where H cannot be factorised.
-    Source: equation 2 of arXiv 2306.03078.
+    weight [m, n] and hessian [n, n], fp32 -> fp32 [m, n]. w' is rounded to nearest at the bits of
+    `config`, H damped as it says. One grid spans a row: in a group of 16 the largest weight lies on
+    the grid that it stretched, has no error of its own, and would look harmless. Raises
+    NumericsError where H cannot be factorised. Source: equation 2 of arXiv 2306.03078.
     """
     factor = factorize(hessian, replace(config, permutation="identity"))
     if factor.upper is None:
         raise NumericsError("the Hessian cannot be factorised, so no sensitivity is known")
     inverse_diagonal = factor.upper.square().sum(0)  # of H^-1 = U^T U
-    rounded = quantize_weight(weight, None, SpqrConfig.rtn(config.bits, config.group_size)).weight
+    rounded = quantize_weight(weight, None, SpqrConfig.rtn(config.bits)).weight
     return ((weight - rounded).square() / (2 * inverse_diagonal)).numpy()
 
 

@@ -30,7 +30,7 @@ def test_sensitivity_is_its_formula() -> None:
     damped = problem.hessian.double()
     damped.diagonal().add_(0.1 * problem.hessian.diagonal().mean())
     inverse = torch.linalg.inv(damped).diagonal()
-    rounded = quantize_weight(problem.weight, None, SpqrConfig.rtn(3, 16)).weight
+    rounded = quantize_weight(problem.weight, None, SpqrConfig.rtn(3)).weight
     expected = (problem.weight - rounded).double() ** 2 / (2 * inverse)
     found = sensitivity(problem.weight, problem.hessian, config)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3)

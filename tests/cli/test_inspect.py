@@ -69,3 +69,22 @@ def test_bad_input(run: Run, dense: Path, compressed: Path, tmp_path: Path) -> N
         result = run(f"inspect {folder}")
         assert result.exit_code == 1
         assert message in result.stderr
+
+
+def test_the_page_and_the_picture(run: Run, compressed: Path, dense: Path, tmp_path: Path) -> None:
+    page, picture = tmp_path / "page.html", tmp_path / "picture.png"
+    layer = "model.layers.0.self_attn.q_proj"
+    result = run(f"inspect {compressed} --html {page} --plot {picture} --layer {layer}")
+    assert result.exit_code == 0, result.output
+    assert f"wrote {page}\nwrote {picture}\n" in result.stderr
+    assert f"Where the outliers of {layer} are" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    result = run(f"inspect {compressed} --html {page} --layer {layer} --model {dense}")
+    assert result.exit_code == 0, result.output
+    assert f"Where {layer} is sensitive" in page.read_text()
+
+
+def test_a_map_needs_somewhere_to_go(run: Run, compressed: Path) -> None:
+    result = run(f"inspect {compressed} --layer model.layers.0.self_attn.q_proj")
+    assert result.exit_code == 2
+    assert "--layer and --model choose the map of --html or --plot" in result.stderr

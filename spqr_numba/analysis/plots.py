@@ -1,0 +1,208 @@
+"""Figures of what the other modules of this room compute; needs matplotlib.
+
+Each function returns a matplotlib Figure, which a notebook shows and `savefig` writes. Nothing here
+computes, and no global state of pyplot is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError, SpqrError
+from .checkpoint import PARTS, LayerSummary, by_depth_and_kind
+from .findings import bits_finding, loss_finding, map_finding, outlier_finding
+from .maps import LayerMap, pooled
+from .page import PART_COLORS
+from .sensitivity import Floats, StatisticsEffect
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "plot_checkpoint",
+    "plot_error_share",
+    "plot_frontier",
+    "plot_sensitivity",
+    "plot_statistics",
+    "plot_structure",
+    "save",
+]
+
+DECADES = 3.0
+COLORS = "Blues"  # one hue, dark is much: reads the same in greyscale
+PATTERN_COLORS = ("#08306b", "#4a90c8", "#a9cfe8", "#d95f0e", "#cccccc")
+MARKERS = "os^Dv"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Raises SpqrError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SpqrError(
+            "plots need the package matplotlib: pip install 'spqr-numba[notebooks]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's name. Raises InputError for an unknown one."""
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def plot_sensitivity(values: Floats, title: str, axes: Axes | None = None) -> Figure:
+    """A map of sensitivities [m, n], on a logarithmic scale of three decades."""
+    figure, axes = _axes(axes, 6, 5)
+    _plot_map(axes, pooled(values), values.shape, title, logarithmic=True)
+    return figure
+
+
+def plot_structure(scores: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Stacked bars: for each name the shares of its outliers by pattern (StructureScores)."""
+    figure, axes = _axes(None, 7, 0.32 * len(scores) + 1.6)
+    left = np.zeros(len(scores))
+    patterns = list(next(iter(scores.values())))
+    for pattern, color in zip(patterns, PATTERN_COLORS, strict=True):
+        shares = np.array([100 * values[pattern] for values in scores.values()])
+        axes.barh(list(scores), shares, left=left, color=color, label=pattern.replace("_", " "))
+        left += shares
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="share of the outliers, %", xlim=(0, 100))
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def plot_error_share(
+    shares: NDArray[np.float64], curves: Mapping[str, NDArray[np.float64]], title: str
+) -> Figure:
+    """Curves: what share of the sensitivity the most sensitive `shares` of weights carry."""
+    figure, axes = _axes(None, 6, 4)
+    styles = ("-", "--", "-.", ":")
+    for index, (name, carried) in enumerate(curves.items()):
+        axes.plot(100 * shares, 100 * carried, styles[index % len(styles)], label=name)
+    axes.plot(100 * shares, 100 * shares, color="#bbbbbb", label="if all were alike")
+    axes.set(
+        title=title,
+        xscale="log",
+        xlabel="most sensitive weights, %",
+        ylabel="share of the total sensitivity, %",
+        ylim=(0, None),
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_statistics(effect: StatisticsEffect, title: str) -> Figure:
+    """Distributions of scales and zeros, as fitted in fp16 and as stored."""
+    figure = new_figure(9, 3.6)
+    pairs = {
+        "scale": (effect.scales_before, effect.scales_after),
+        "zero (in steps of the scale)": (effect.zeros_before, effect.zeros_after),
+    }
+    for index, (name, (before, after)) in enumerate(pairs.items()):
+        axes = figure.add_subplot(1, 2, index + 1)
+        bins = np.histogram_bin_edges(np.concatenate([before, after], axis=None), 60).tolist()
+        axes.hist(before.ravel(), bins, color="#a9cfe8", label="fitted, 16 bits")
+        axes.hist(after.ravel(), bins, histtype="step", color="#08306b", lw=1.5, label="as stored")
+        axes.set(xlabel=name, ylabel="groups")
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_frontier(
+    points: Mapping[str, Sequence[tuple[float, float]]], dense: float, title: str
+) -> Figure:
+    """Series of (bits a weight, perplexity), and the dense model's perplexity as a line."""
+    figure, axes = _axes(None, 7, 4.5)
+    for index, (name, series) in enumerate(points.items()):
+        bits, perplexities = zip(*sorted(series), strict=True)
+        axes.plot(bits, perplexities, marker=MARKERS[index % len(MARKERS)], label=name)
+    axes.axhline(dense, color="#888888", ls="--", label="dense, 16 bits")
+    axes.set(title=title, xlabel="bits a weight, measured", ylabel="perplexity (logarithmic)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_checkpoint(layers: Sequence[LayerSummary], picture: LayerMap) -> Figure:
+    """A checkpoint in four panels: bits by part, outliers and loss by layer, the map of one."""
+    figure = new_figure(14, 10)
+    panels = [figure.add_subplot(2, 2, i + 1) for i in range(4)]
+    _plot_bits(layers, panels[0])
+    _plot_by_depth(layers, "outlier_share", outlier_finding(layers), "outliers, %", panels[1])
+    loss = "squared error of the output, % of its square"
+    _plot_by_depth(layers, "relative_loss", loss_finding(layers), loss, panels[2])
+    shape = (picture.rows, picture.columns)
+    logarithmic = picture.measure == "sensitivity"
+    _plot_map(panels[3], picture.picture, shape, map_finding(picture), logarithmic)
+    return figure
+
+
+def _axes(axes: Axes | None, width: float, height: float) -> tuple[Any, Axes]:
+    """(figure, axes): those given, or new ones."""
+    if axes is not None:
+        return axes.figure, axes
+    figure = new_figure(width, height)
+    return figure, figure.add_subplot()
+
+
+def _plot_bits(layers: Sequence[LayerSummary], axes: Axes) -> None:
+    places = np.arange(len(layers))
+    below = np.zeros(len(layers))
+    for part in PARTS:
+        bits = np.array([layer.part_bits[part] for layer in layers])
+        axes.bar(places, bits, 0.9, bottom=below, color=PART_COLORS[part], label=part)
+        below += bits
+    axes.set(title=bits_finding(layers), xlabel="layer", ylabel="bits a weight")
+    axes.title.set_fontsize("medium")
+    axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def _plot_by_depth(
+    layers: Sequence[LayerSummary], field: str, title: str, label: str, axes: Axes
+) -> None:
+    kinds, table = by_depth_and_kind(layers, field)
+    for index, kind in enumerate(kinds):
+        marker = "os^Dvx+*"[index % 8]
+        axes.plot(100 * table[:, index], marker=marker, label=kind)
+    axes.set(title=title, xlabel="decoder block", ylabel=label, ylim=(0, None))
+    axes.set_xticks(range(0, len(table), max(1, len(table) // 8)))
+    axes.title.set_fontsize("medium")
+    axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def _plot_map(
+    axes: Axes, picture: Floats, shape: tuple[int, ...], title: str, logarithmic: bool
+) -> None:
+    """A pooled picture of a weight of `shape`: sensitivities, if logarithmic, else outliers."""
+    low, high = 0.0, 100 * float(picture.max()) or 1.0
+    label, values = "outliers, % of a cell", 100 * picture
+    if logarithmic:
+        low, high = -DECADES, 0.0
+        label = "sensitivity, log10 of its share of the largest"
+        values = np.log10(np.maximum(picture / max(float(picture.max()), 1e-30), 10**-DECADES))
+    image = axes.imshow(
+        values,
+        cmap=COLORS,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, shape[1], shape[0], 0),
+        vmin=low,
+        vmax=high,
+    )
+    axes.set(title=title, xlabel="input (column)", ylabel="output (row)")
+    axes.title.set_fontsize("medium")
+    figure: Any = axes.figure
+    figure.colorbar(image, ax=axes, label=label)
