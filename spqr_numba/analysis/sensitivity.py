@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from ..config import SpqrConfig
 from ..errors import InputError, NumericsError
-from ..format.layout import UNQUANTIZED_BITS
 from ..format.matrix import SpqrMatrix
-from ..format.packing import unpack_statistics
+from ..kernels.dequantize import statistic_reference
 from ..quantize.hessian import factorize
 from ..quantize.solver import WeightReport, quantize_weight
 from .layers import CalibratedLayer
@@ -118,17 +117,7 @@ def decode_statistics(matrix: SpqrMatrix, name: str) -> Floats:
 
     fp32 [groups, m], groups in permuted order.
     """
-    bits = getattr(matrix.spec, f"{name}_bits")
-    if bits == UNQUANTIZED_BITS:
-        return matrix[f"{name}s"].float().cpu().numpy()
-    rows, size = matrix.spec.out_features, matrix.spec.stats_group_size
-    codes = unpack_statistics(matrix[f"{name}_codes"], bits, rows).double()
-    step, base = (
-        matrix[f"{name}_{part}"].double().repeat_interleave(size, 1)[:, :rows]
-        for part in ("scale", "zero")
-    )
-    # In float64 both operations are exact, so one rounding is left, as layout.py asks for.
-    return (codes * step + base).half().float().cpu().numpy()
+    return statistic_reference(matrix.to("cpu"), name, getattr(matrix.spec, f"{name}_bits"))
 
 
 @dataclass(frozen=True)
