@@ -76,6 +76,7 @@ def plot_structure(scores: Mapping[str, Mapping[str, float]], title: str) -> Fig
         axes.barh(list(scores), shares, left=left, color=color, label=pattern.replace("_", " "))
         left += shares
     axes.invert_yaxis()
+    axes.margins(y=0.02)
     axes.set(title=title, xlabel="share of the outliers, %", xlim=(0, 100))
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -97,6 +98,7 @@ def plot_error_share(
         ylabel="share of the total sensitivity, %",
         ylim=(0, None),
     )
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     return figure
 
@@ -131,7 +133,7 @@ def plot_frontier(
     axes.set(title=title, xlabel="bits a weight, measured", ylabel="perplexity (logarithmic)")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")  # a decade would often have no other number
     axes.legend(frameon=False)
     return figure
 
