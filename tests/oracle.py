@@ -154,18 +154,21 @@ def second_level(statistics: np.ndarray, bits: int, block: int) -> np.ndarray:
 def fit_group(
     group: np.ndarray,
     candidates: np.ndarray,
-    diagonal: np.ndarray,
+    upper: np.ndarray,
     threshold: float,
     config: SpqrConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scales and zeros [m] of one group, as the checkpoint will hold them."""
+    """The scales and zeros [m] of one group, as the checkpoint will hold them.
+
+    group, candidates [m, width], upper [width, width] = U of its columns.
+    """
     scales, zeros = min_max(group, candidates, config.bits, config.round_zero)
     block = config.stats_group_size
     if config.fit == "joint":
         for start in range(0, len(group), block):
             rows = slice(start, start + block)
             scales[rows], zeros[rows] = JointFit(
-                group[rows], diagonal, threshold, scales[rows], zeros[rows], config
+                group[rows], upper, threshold, scales[rows], zeros[rows], config
             ).run()
         return scales, zeros
     return (
@@ -180,14 +183,18 @@ class JointFit:
     def __init__(
         self,
         weights: np.ndarray,
-        diagonal: np.ndarray,
+        upper: np.ndarray,
         threshold: float,
         scales: np.ndarray,
         zeros: np.ndarray,
         config: SpqrConfig,
     ) -> None:
         self.weights, self.threshold, self.bits = weights, threshold, config.bits
-        self.importance = 1 / diagonal**2
+        self.upper, self.importance = upper, 1 / np.diag(upper) ** 2
+        self.plain = (
+            second_level(scales, config.scale_bits, len(scales)),
+            second_level(zeros, config.zero_bits, len(zeros)),
+        )
         self.codes = np.arange(2**config.scale_bits), np.arange(2**config.zero_bits)
         self.start = tuple(
             storable((part.max() - part.min()) / codes[-1], part.min())
@@ -203,7 +210,20 @@ class JointFit:
             if not other_cost < cost:
                 break
             levels, cost, pairs = others, other_cost, other_pairs
-        return self.decode(levels[0], pairs[0]), self.decode(levels[1], pairs[1])
+        found = self.decode(levels[0], pairs[0]), self.decode(levels[1], pairs[1])
+        return self.plain if self.walk(*self.plain) < self.walk(*found) else found
+
+    def walk(self, scale: np.ndarray, zero: np.ndarray) -> float:
+        """The cost with errors propagated among the first 64 columns, those of outliers not."""
+        w, cost = self.weights.copy(), 0.0
+        for k in range(w.shape[1]):
+            error = w[:, k] - scale * (encode(w[:, k], scale, zero, self.bits) - zero)
+            term = error**2 * self.importance[k]
+            cost += np.minimum(term, self.threshold).sum()
+            error = np.where(term > self.threshold, 0, error / self.upper[k, k])
+            if k < 64:
+                w[:, k + 1 : 64] -= np.outer(error, self.upper[k, k + 1 : 64])
+        return cost
 
     @staticmethod
     def decode(level: tuple[np.ndarray, np.ndarray], codes: np.ndarray) -> np.ndarray:
@@ -300,8 +320,9 @@ def quantize(weight: np.ndarray, hessian: np.ndarray | None, config: SpqrConfig)
             if config.outlier_search == "leave-one-out" and threshold < float("inf"):
                 gains = leave_one_out(group, diagonal[j : j + width], config.bits)
                 candidates = gains > threshold
+            here = slice(j, j + width)
             scales[:, g], zeros[:, g] = fit_group(
-                group, candidates, diagonal[j : j + width], threshold, config
+                group, candidates, u[here, here], threshold, config
             )
         codes[:, j] = encode(w[:, j], scales[:, g], zeros[:, g], config.bits)
         dense = scales[:, g] * (codes[:, j] - zeros[:, g])

@@ -222,7 +222,7 @@ def walk_tile(loop, upper, start, first, settings, sums):
             threshold = settings.fit_threshold
             fit_group(group, loop.diagonal[j:end], threshold, max_code, scale, zero)
             if settings.joint:
-                store_jointly(loop, j, group, first, settings, scale, zero)
+                store_jointly(loop, j, group, upper[at:, at:], first, settings, scale, zero)
             else:
                 store_statistics(loop, j // group_size, first, settings, scale, zero)
         codes, outliers = loop.codes[j, first:last], loop.outliers[j, first:last]
@@ -264,7 +264,7 @@ def store_statistics(loop, group, first, settings, scale, zero):
 
 
 @compiled()
-def store_jointly(loop, column, weights, first, settings, scale, zero):
+def store_jointly(loop, column, weights, upper, first, settings, scale, zero):
     """Choose the statistics of one group and tile together, in place, and store their codes."""
     group, importance = column // settings.group_size, loop.importance[column:]
     for row in range(0, scale.size, settings.stats_group_size):
@@ -273,6 +273,7 @@ def store_jointly(loop, column, weights, first, settings, scale, zero):
         levels = fit_jointly(
             weights[:, row:end],
             importance,
+            upper,
             settings.threshold,
             scale[row:end],
             zero[row:end],

@@ -106,8 +106,9 @@ def walk_kernel(width: int, joint: bool = False) -> Any:
             if j == next_group:
                 next_group = min(np.uint32(j + group_size), columns)
                 scale, zero = fit(
-                    loop, tile, at, row, j, next_group, stop, group, settings, max_code, stores
-                )
+                    loop, tile, upper, at, row, j, next_group, stop, group, settings, max_code,
+                    stores,
+                )  # fmt: skip
                 group = np.uint32(group + 1)
             code, outlier, quantized, error, before = quantize_element(
                 tile[at, lane], scale, zero, loop.diagonal[j], settings.threshold, max_code
@@ -149,7 +150,7 @@ def fit_function(width: int) -> Any:
     start, store = start_function(width), store_function(width)
 
     @cuda.jit(device=True)
-    def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
+    def fit(loop, tile, upper, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
         start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
@@ -187,7 +188,7 @@ def joint_fit_function(width: int) -> Any:
     tile_rows = np.uint32(width)
 
     @cuda.jit(device=True)
-    def fit(loop, tile, at, row, j, end, stop, group, settings, max_code, stores):
+    def fit(loop, tile, upper, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
         start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
@@ -195,11 +196,13 @@ def joint_fit_function(width: int) -> Any:
         lane, count = np.uint32(cuda.threadIdx.x), np.uint32(end - j)
         if end <= stop:
             return fit_jointly(
-                loop, tile, at, lane, j, count, group, settings, scales, zeros, rows, stores
-            )
+                loop, tile, upper, at, lane, j, count, group, settings, scales, zeros, rows, stop,
+                stores,
+            )  # fmt: skip
         return fit_jointly(
-            loop, loop.weight, j, row, j, count, group, settings, scales, zeros, rows, stores
-        )
+            loop, loop.weight, upper, j, row, j, count, group, settings, scales, zeros, rows, stop,
+            stores,
+        )  # fmt: skip
 
     return fit
 

@@ -11,9 +11,16 @@ that it becomes an outlier:
     refit     the statistics, all codes held, by least squares over what is no outlier:
               first those of the scales, then those of the zeros
     again     choose and refit as long as the cost falls, three times at most
+    check     walk the columns on the grids found and on those of min-max made bilevel, propagating
+              errors as columns.py will, and keep the latter where they cost less
+
+The check is for small weights: the cost above knows nothing of the errors that move a weight before
+its turn comes. What that adds averages out over many stats blocks, but not over one, and where
+inputs correlate strongly it can be several times the rest.
 
     weights     fp32 [columns, rows]   a group of columns in one stats block, rows fastest
     importance  fp32 [columns]         1 / U_kk^2
+    upper       fp32 [b, b]            U from the group's first column on, as far as it is at hand
     scale       fp32 [rows]            in: the min-max fit; out: what its code decodes to
     zero        fp32 [rows]            the same
     *_codes     uint8 [rows]           out
@@ -32,13 +39,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .bilevel import second_level, storable
+from .bilevel import second_level, statistic_code, storable
 from .launch import compiled
 from .scalars import FP16_MAX, decoded_statistic, product
 
 __all__ = ["Levels", "choose_reference", "fit_jointly"]
 
 REFITS = 3
+REACH = 64  # columns among which the check propagates: any block of columns holds so many
 TO_INTEGER = np.float32(2**23)  # added and taken away, rounds: a GPU has few units for rounding
 LEAST_SPREAD = np.float32(1e-3)  # of codes among rows: below it, step and base are one unknown
 
@@ -65,12 +73,14 @@ def choose_reference(
 
 
 @compiled()
-def fit_jointly(weights, importance, threshold, scale, zero, scale_codes, zero_codes, bits):
+def fit_jointly(weights, importance, upper, threshold, scale, zero, scale_codes, zero_codes, bits):
     """The CPU twin; bits are those of a weight's, a scale's and a zero's code. Returns Levels."""
     max_code = np.float32((1 << bits[0]) - 1)
-    levels = starting_levels(scale.min(), scale.max(), zero.min(), zero.max(), bits)
-    pairs, other_pairs = np.empty((2, scale.size), np.int64)
-    grids = grids_of(levels, bits)
+    plain = levels = starting_levels(scale.min(), scale.max(), zero.min(), zero.max(), bits)
+    plain_pairs, pairs, other_pairs = np.empty((3, scale.size), np.int64)
+    for row in range(scale.size):
+        plain_pairs[row] = plain_pair(scale[row], zero[row], plain, bits)
+    plain_grids = grids = grids_of(levels, bits)
     cost = choose(weights, importance, threshold, max_code, grids, pairs)
     for _ in range(REFITS):
         moments = moments_of(weights, importance, threshold, max_code, grids, pairs)
@@ -81,6 +91,13 @@ def fit_jointly(weights, importance, threshold, scale, zero, scale_codes, zero_c
             break
         levels, grids, cost = others, other_grids, other_cost
         pairs[:] = other_pairs
+    cost = walked_cost(weights, importance, upper, threshold, max_code, grids, pairs)
+    if (
+        walked_cost(weights, importance, upper, threshold, max_code, plain_grids, plain_pairs)
+        < cost
+    ):
+        levels, grids = plain, plain_grids
+        pairs[:] = plain_pairs
     for row in range(scale.size):
         scale[row], zero[row] = grids[0, pairs[row]], grids[2, pairs[row]]
         scale_codes[row], zero_codes[row] = codes_of_pair(pairs[row], bits)
@@ -132,6 +149,33 @@ def moments_of(weights, importance, threshold, max_code, grids, pairs):
     return moments
 
 
+@compiled()
+def walked_cost(weights, importance, upper, threshold, max_code, grids, pairs):
+    """What the group costs on the grids of `pairs` where errors are propagated."""
+    columns, rows = weights.shape
+    scale, inverse, zero = grids[0][pairs], grids[1][pairs], grids[2][pairs]
+    weights = weights.copy()
+    costs, errors = np.zeros(rows, np.float32), np.empty(rows, np.float32)
+    reach = min(columns, REACH, upper.shape[0])
+    for k in range(columns):
+        column, factor = weights[k], importance[k]
+        diagonal = upper[k, k] if k < reach else np.float32(1)
+        for row in range(rows):
+            term, error, _ = error_term(
+                column[row], scale[row], inverse[row], zero[row], factor, max_code
+            )
+            costs[row] += min(term, threshold)
+            errors[row] = error_passed_on(term, threshold, error, diagonal)
+        for behind in range(k + 1, reach):
+            factor, column = upper[k, behind], weights[behind]
+            for row in range(rows):
+                column[row] -= product(errors[row], factor)
+    total = np.float32(0)
+    for row in range(rows):
+        total += costs[row]
+    return total
+
+
 # --- Shared with CUDA. The weights of a row are weights[first + k, lane], k < count, and `column`
 # is the place of the first in `importance`.
 
@@ -142,6 +186,21 @@ def starting_levels(low_scale, high_scale, low_zero, high_zero, bits):
     scale_step, scale_base = second_level(low_scale, high_scale, np.float32((1 << bits[1]) - 1))
     zero_step, zero_base = second_level(low_zero, high_zero, np.float32((1 << bits[2]) - 1))
     return Levels(scale_step, scale_base, zero_step, zero_base)
+
+
+@njit(inline="always")
+def plain_pair(scale, zero, levels, bits):
+    """The pair of codes nearest to a scale and a zero, each for itself."""
+    max_scale, max_zero = np.float32((1 << bits[1]) - 1), np.float32((1 << bits[2]) - 1)
+    scale_code = statistic_code(scale, levels.scale_step, levels.scale_base, max_scale)
+    zero_code = statistic_code(zero, levels.zero_step, levels.zero_base, max_zero)
+    return (np.uint32(scale_code) << np.uint32(bits[2])) | np.uint32(zero_code)
+
+
+@njit(inline="always")
+def error_passed_on(term, threshold, error, diagonal):
+    """err of columns.py; next to nothing of it is left where the weight becomes an outlier."""
+    return np.float32(0) if term > threshold else error / diagonal
 
 
 @njit(inline="always")

@@ -9,6 +9,7 @@ between them. In shared memory:
     costs       fp32 [width]            of the pair that each row takes
     pairs       uint32 [width]
     moments     fp32 [5, width]         what a refit knows of each row
+    walked      fp32 [2, width]         costs of the check: of what was found, of min-max
 
 Sums run over the same terms in the same order as on a CPU, and the threads of a stats block all
 come to the same statistics from the same numbers. Barriers wait for all threads, so a stats block
@@ -22,17 +23,20 @@ from typing import Any
 import numpy as np
 
 from .joint import (
+    REACH,
     REFITS,
     codes_of_pair,
     cost_of_nothing,
+    error_passed_on,
     error_term,
     grid_of_pair,
+    plain_pair,
     refitted,
     row_moments,
     starting_levels,
 )
 from .launch import numba_cuda
-from .scalars import float_to_half
+from .scalars import float_to_half, product
 
 __all__ = ["joint_function"]
 
@@ -49,12 +53,13 @@ def joint_function(width: int, parts: int) -> Any:
     zeros [width] are the min-max fits of the tile's rows, rows the number of those there are.
     """
     choose, remember = choose_function(width, parts), remember_function()
-    store = store_function(width)
+    plain_is_cheaper, store = check_function(width), store_function(width)
 
     @cuda.jit(device=True)
     def fit_jointly(
-        loop, weights, first, column, j, count, group, settings, scales, zeros, rows, stores
-    ):
+        loop, weights, upper, first, column, j, count, group, settings, scales, zeros, rows, stop,
+        stores,
+    ):  # fmt: skip
         moments = cuda.shared.array((5, width), np.float32)
         pairs = cuda.shared.array(width, np.uint32)
         block_rows = np.uint32(settings.stats_group_size)
@@ -65,7 +70,8 @@ def joint_function(width: int, parts: int) -> Any:
         importance, threshold = loop.importance, settings.threshold
         low_scale, high_scale = bounds(scales, begin, end)
         low_zero, high_zero = bounds(zeros, begin, end)
-        levels = starting_levels(low_scale, high_scale, low_zero, high_zero, bits)
+        plain = levels = starting_levels(low_scale, high_scale, low_zero, high_zero, bits)
+        pair_of_plain = plain_pair(scales[lane], zeros[lane], plain, bits)
         cost, pair = choose(
             weights, first, column, j, count, importance, threshold, levels, bits, begin, end
         )
@@ -80,6 +86,14 @@ def joint_function(width: int, parts: int) -> Any:
             )
             if other_cost < cost:
                 levels, cost, pair = others, other_cost, other_pair
+        reach = min(count, np.uint32(REACH), np.uint32(min(stop, np.uint32(upper.shape[0])) - j))
+        found = grid_of_pair(pair, levels, bits)
+        of_plain = grid_of_pair(pair_of_plain, plain, bits)
+        if plain_is_cheaper(
+            loop, weights, upper, first, column, j, count, reach, threshold, found, of_plain, bits,
+            begin, end, stores,
+        ):  # fmt: skip
+            levels, pair = plain, pair_of_plain
         if stores:
             store(loop, group, pair, levels, bits, block_rows)
         scale, _, zero = grid_of_pair(pair, levels, bits)
@@ -212,6 +226,61 @@ def remember_function() -> Any:
         cuda.syncthreads()
 
     return remember
+
+
+def check_function(width: int) -> Any:
+    """plain_is_cheaper(...): of the stats block begin ... end - 1, errors propagated.
+
+    found and plain are the grids of this thread's row; part 0 walks both.
+    """
+
+    @cuda.jit(device=True)
+    def plain_is_cheaper(
+        loop, weights, upper, first, column, j, count, reach, threshold, found, plain, bits, begin,
+        end, stores,
+    ):  # fmt: skip
+        walked = cuda.shared.array((2, width), np.float32)
+        lane, max_code = np.uint32(cuda.threadIdx.x), np.float32((1 << bits[0]) - 1)
+        if stores:
+            walked[np.uint32(0), lane] = walked_cost(
+                loop, weights, upper, first, column, j, count, reach, threshold, found, max_code
+            )
+            walked[np.uint32(1), lane] = walked_cost(
+                loop, weights, upper, first, column, j, count, reach, threshold, plain, max_code
+            )
+        cuda.syncthreads()
+        cost = cost_of_plain = np.float32(0)
+        for row in range(begin, end):
+            cost += walked[np.uint32(0), row]
+            cost_of_plain += walked[np.uint32(1), row]
+        cuda.syncthreads()
+        return cost_of_plain < cost
+
+    return plain_is_cheaper
+
+
+@cuda.jit(device=True)
+def walked_cost(
+    loop, weights, upper, first, column, j, count, reach, threshold, grid, max_code
+):  # fmt: skip
+    """What the group costs this row on a grid where errors are propagated among `reach` columns.
+
+    `errors` of the group's columns is scratch until they are quantized.
+    """
+    scale, inverse, zero = grid
+    row = np.uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+    cost = np.float32(0)
+    for k in range(count):
+        at = np.uint32(j + k)
+        weight = weights[np.uint32(first + k), column]
+        if k < reach:
+            for before in range(j, at):
+                weight -= product(loop.errors[before, row], upper[before, at])
+        term, error, _ = error_term(weight, scale, inverse, zero, loop.importance[at], max_code)
+        cost += min(term, threshold)
+        if k < reach:
+            loop.errors[at, row] = error_passed_on(term, threshold, error, upper[at, at])
+    return cost
 
 
 def store_function(width: int) -> Any:

@@ -112,6 +112,7 @@ def simulate(name: str) -> columns.ColumnLoop:
     columns_cuda.float_to_half = njit(lambda value: scalars.float_to_half(value))
     columns_cuda.round_to_even = njit(lambda value: scalars.round_to_even(value))
     joint_cuda.float_to_half = columns_cuda.float_to_half
+    joint_cuda.product = columns_cuda.product
     for name_of in SUMMED_OUTSIDE:
         setattr(joint_cuda, name_of, in_float32(getattr(joint, name_of)))
     shape, width, fit_threshold, threshold, settings = CASES[name]

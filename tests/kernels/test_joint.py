@@ -32,9 +32,16 @@ def fit(
     """Scales and zeros [rows] as decoded, the levels, and codes [2, rows]."""
     scale, zero = min_max(weights, diagonal)
     codes = np.full((2, scale.size), 255, np.uint8)
-    importance = 1 / diagonal**2
-    levels = fit_jointly(weights, importance, np.float32(threshold), scale, zero, *codes, bits)
+    importance, upper = 1 / diagonal**2, upper_of(diagonal)
+    limit = np.float32(threshold)
+    levels = fit_jointly(weights, importance, upper, limit, scale, zero, *codes, bits)
     return scale, zero, levels, codes
+
+
+def upper_of(diagonal: np.ndarray) -> np.ndarray:
+    """A U of inputs that correlate."""
+    behind = np.triu(np.ones((diagonal.size, diagonal.size), np.float32), 1)
+    return np.diag(diagonal) - 0.2 * behind
 
 
 def cost_of(
@@ -83,7 +90,7 @@ def test_agrees_with_the_oracle(rows: int, threshold: float, bits: tuple[int, in
     scale, zero = (x.astype(np.float64) for x in min_max(weights, diagonal_of(COLUMNS)))
     expected = oracle.JointFit(
         weights.T.astype(np.float64),
-        diagonal_of(COLUMNS).astype(np.float64),
+        upper_of(diagonal_of(COLUMNS)).astype(np.float64),
         threshold,
         scale,
         zero,
@@ -118,7 +125,7 @@ def test_a_refit_by_hand() -> None:
     weights = np.outer([0, 1, 2, 3], [1, 2.4, 3, 4]).astype(np.float32)
     scale, zero = np.float32([[1, 2.4, 3, 4], [0, 0, 0, 0]])
     codes = np.empty((2, 4), np.uint8)
-    ones, limit = np.ones(4, np.float32), np.float32(np.inf)
-    levels = fit_jointly(weights, ones, limit, scale, zero, *codes, (2, 2, 2))
+    ones, upper, limit = np.ones(4, np.float32), np.eye(4, dtype=np.float32), np.float32(np.inf)
+    levels = fit_jointly(weights, ones, upper, limit, scale, zero, *codes, (2, 2, 2))
     assert codes[0].tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(levels, [0.96, 1.16, 0, 0], atol=1e-3)
