@@ -76,7 +76,7 @@ def loss_finding(layers: Sequence[LayerSummary]) -> str:
     if not known:
         return "There is no log of losses in this checkpoint"
     worst = max(known, key=lambda name: known[name])
-    return f"{worst} loses most: {known[worst]:.2%} of its output"
+    return f"{worst} loses most: {known[worst]:.2%} of its squared output"
 
 
 def map_finding(picture: LayerMap) -> str:

@@ -188,7 +188,7 @@ def _cell(value: float, shade: float) -> str:
     color = ",".join(
         str(round(a + (b - a) * float(shade))) for a, b in zip(LIGHT, DARK, strict=True)
     )
-    ink = "#fff" if shade > 0.5 else "#1a1a1a"
+    ink = "#fff" if shade > 0.6 else "#1a1a1a"
     return f'<td style="background:rgb({color});color:{ink}">{100 * value:.2f}</td>'
 
 
@@ -212,8 +212,9 @@ def _losses(layers: Sequence[LayerSummary]) -> list[str]:
 
 
 def _worst_line(layer: LayerSummary) -> str:
+    name = escape(layer.layer).replace(".", ".<wbr>")  # where a narrow page may break it
     return (
-        f"<tr><td>{escape(layer.layer)}</td><td>{layer.rows} × {layer.columns}</td>"
+        f"<tr><td>{name}</td><td>{layer.rows} × {layer.columns}</td>"
         f"<td>{layer.bits:.2f}</td><td>{100 * layer.outlier_share:.2f}</td>"
         f"<td>{100 * (layer.relative_loss or 0):.2f}</td></tr>"
     )

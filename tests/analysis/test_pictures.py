@@ -25,7 +25,7 @@ from ..problems import make_problem
 from ..tiny import save_tiny_llama
 
 LAYER = "model.layers.1.self_attn.k_proj"
-VOID = {"meta", "link", "img", "rect", "br"}
+VOID = {"meta", "link", "img", "rect", "wbr"}
 
 
 @pytest.fixture(scope="module")
