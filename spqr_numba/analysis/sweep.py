@@ -1,8 +1,8 @@
 """Many settings on one model: bits and perplexity of each, with every Hessian made once.
 
 Each linear is calibrated on what the dense model gives it. `compress` calibrates it on what the
-compressed blocks before it give, which is a little better and needs a pass a setting; a sweep
-orders settings, and `compress` has the last word. The model and all its Hessians are in memory.
+compressed blocks before it give, which needs a pass a setting, so its numbers differ a little and
+have the last word. The model and all its Hessians are in memory.
 """
 
 from __future__ import annotations
