@@ -117,7 +117,7 @@ def test_repr_says_what_it_is() -> None:
 def test_a_prepared_layer_shows_its_matrix() -> None:
     matrix = random_matrix(make_spec(48, 40))
     layer = SpqrLinear(matrix)
-    assert "code_words" in dict(layer.named_buffers())
+    assert "records" in dict(layer.named_buffers())
     assert "codes" not in dict(layer.named_buffers())
     assert same_tensors(layer.matrix.tensors, matrix.tensors)
     assert same_tensors(layer.state_dict(), matrix.tensors)
@@ -130,7 +130,7 @@ def test_a_prepared_layer_shows_its_matrix() -> None:
 def test_a_prepared_layer_loads_and_prepares_again() -> None:
     layer, other = make_layer(), SpqrLinear(random_matrix(make_spec(48, 40), seed=1))
     layer.load_state_dict(other.state_dict(), strict=False)
-    assert "code_words" in dict(layer.named_buffers())
+    assert "records" in dict(layer.named_buffers())
     assert same_tensors(layer.matrix.tensors, other.matrix.tensors)
 
 
@@ -141,7 +141,7 @@ def test_a_layer_is_prepared_where_it_moves_and_restored_where_it_leaves(
     before = layer.state_dict()
     monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
     layer.to(torch.float16)
-    assert "code_words" in dict(layer.named_buffers())
+    assert "records" in dict(layer.named_buffers())
     monkeypatch.undo()
     layer.to(torch.float32)
     assert same_tensors(layer.state_dict(), before)
@@ -156,13 +156,11 @@ def test_settings_without_a_fast_path_stay_as_they_are() -> None:
 
 @pytest.mark.gpu
 def test_to_a_gpu_and_back() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     layer = make_layer()
     before, x = layer.state_dict(), torch.ones(3, 40)
     expected = layer(x)
     layer.cuda()
-    assert ("code_words" in dict(layer.named_buffers())) == ("cuda" in nn_module.PREPARED_ON)
+    assert ("records" in dict(layer.named_buffers())) == ("cuda" in nn_module.PREPARED_ON)
     assert same_tensors({k: t.cpu() for k, t in layer.state_dict().items()}, before)
     torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
     assert same_tensors(layer.cpu().state_dict(), before)

@@ -5,13 +5,8 @@ PTX and simulator need the package numba-cuda, and no GPU.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +18,8 @@ from spqr_numba.format.layout import MatrixSpec
 from spqr_numba.kernels import columns, joint
 from spqr_numba.kernels.joint import Levels
 
-needs_numba_cuda = pytest.mark.skipif(
-    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
-)
+from ..gpu import each_capability, needs_numba_cuda, ptx_of, run_in_simulator
+
 INF = float("inf")
 THRESHOLD = 4e-5  # on err^2 of `make_loop`: a few percent are outliers
 
@@ -156,40 +150,25 @@ def test_same_bits_in_the_simulator() -> None:
         "for name in ('paper', 'whole row, fp16', 'joint', 'joint, 8/8, whole row'):\n"
         "    assert_same_bits(walk(name), simulate(name))\n"
     )
-    environment = os.environ | {
-        "NUMBA_ENABLE_CUDASIM": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    run_in_simulator(script)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_on_a_gpu(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     assert_same_bits(walk(name), walk(name, "cuda"))
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@each_capability
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("joint_fit", [False, True], ids=["min-max", "joint"])
-def test_ptx(
-    joint_fit: bool, width: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ptx(joint_fit: bool, width: int, capability: tuple[int, int]) -> None:
     """No float64, nothing in local memory, and no product fused that must be rounded."""
-    from numba import cuda
-    from numba.cuda import dispatcher
-
     from spqr_numba.kernels.columns_cuda import walk_kernel
 
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     kernel = walk_kernel.__wrapped__(width, joint_fit)
-    ptx, _ = cuda.compile_ptx(kernel.py_func, signature(), cc=capability)
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    ptx = ptx_of(kernel, signature(), capability)
     assert set(re.findall(r"fma\S*", ptx)) <= {"fma.rn.f32"}
     if not joint_fit:
         assert len(re.findall(r"fma\.rn\.f32", ptx)) == 2  # decoding a scale, decoding a zero

@@ -6,12 +6,7 @@ numba-cuda, and no GPU.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +17,10 @@ from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize, dequantize_reference
 
+from ..gpu import each_capability, needs_numba_cuda, ptx_of, run_in_simulator
 from ..problems import make_spec
 from .test_dequantize import build
 
-needs_numba_cuda = pytest.mark.skipif(
-    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
-)
 EIGHT_BITS = {"bits": 8, "group_size": 8}
 FP16_STATISTICS = {"scale_bits": 16, "zero_bits": 16}
 
@@ -67,8 +60,6 @@ def test_blocks(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHAPES)
 def test_long_rows_on_a_gpu(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     matrix = build_long(name)
     weight = dequantize(matrix.to("cuda")).cpu().numpy()
     assert np.array_equal(weight, dequantize_reference(matrix))
@@ -112,15 +103,11 @@ def test_same_bits_in_the_simulator() -> None:
         "assert_same_bits('5 bit', torch.float16, 8)\n"
         "assert_same_bits('no outliers', torch.float32, 1024)\n"
     )
-    environment = os.environ | {
-        "NUMBA_ENABLE_CUDASIM": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    run_in_simulator(script)
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@each_capability
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [
@@ -134,22 +121,14 @@ def test_ptx(
     dtype: torch.dtype,
     settings: dict[str, int],
     capability: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No float64, nothing in local memory, and no product fused that must be rounded."""
-    from numba import cuda
-    from numba.cuda import dispatcher
-
     from spqr_numba.kernels.dequantize_cuda import Decoding, dequantize_kernel
 
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     spec = make_spec(64, 64, **settings)
     how = Decoding.of(spec, sparse=True, dtype=dtype)
     kernel = dequantize_kernel.__wrapped__(how)
-    ptx, _ = cuda.compile_ptx(kernel.py_func, signature(how), cc=capability)
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    ptx = ptx_of(kernel, signature(how), capability)
     fused = re.findall(r"fma\S*", ptx)  # decoding scales and zeros
     assert set(fused) <= ({"fma.rn.f32"} if how.scale_bits < 16 else set())
 

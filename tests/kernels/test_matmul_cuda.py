@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +19,10 @@ from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.matmul import matmul
 from spqr_numba.kernels.prepared import prepare
 
+from ..gpu import each_capability, needs_numba_cuda, ptx_of
 from ..problems import make_spec
 from .test_matmul import assert_right, make_x
 
-needs_numba_cuda = pytest.mark.skipif(
-    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
-)
 HALVES = [torch.float16, torch.bfloat16]
 FOUR_BITS = {"bits": 4, "scale_bits": 4, "zero_bits": 4}
 TWO_BITS = {"bits": 2, "scale_bits": 2, "zero_bits": 2}
@@ -59,8 +55,6 @@ def build(name: str) -> SpqrMatrix:
 
 def run(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product on a GPU, over memory that last held NaN."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     weight = prepare(matrix.to("cuda"))
     torch.full((len(x), matrix.spec.out_features), float("nan"), dtype=x.dtype, device="cuda")
     bias = None if bias is None else bias.cuda()
@@ -120,8 +114,6 @@ def test_bad_inputs_stay_in_their_row(bad: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_same_bits_twice_and_in_a_graph() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     weight = prepare(build("paper").to("cuda"))
     x = make_x(1, weight.spec.in_features, dtype=torch.float16).cuda()
     expected = matmul(x, weight)
@@ -135,7 +127,7 @@ def test_same_bits_twice_and_in_a_graph() -> None:
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@each_capability
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype"),
     [
@@ -152,24 +144,16 @@ def test_ptx(
     group_size: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
-    from numba import cuda
-    from numba.cuda import dispatcher
-
     from spqr_numba.kernels.matmul_cuda import SIGNATURE, KernelSpec, product_kernel
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     unit = UnitSpec(bits, bits, group_size)
     kernel = product_kernel.__wrapped__(KernelSpec(unit, dtype, 2, capability[0] >= 9))
     bounds = kernel.targetoptions["launch_bounds"]
-    ptx, _ = cuda.compile_ptx(kernel.py_func, SIGNATURE, cc=capability, launch_bounds=bounds)
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
     products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*f32\.f16\.f16\.f32", ptx))
     assert products == 2 * group_size  # one for 16 rows and 16 columns of a unit
     assert "cp.async.cg.shared.global" in ptx

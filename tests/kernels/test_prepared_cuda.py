@@ -5,12 +5,6 @@ PTX and simulator need the package numba-cuda, and no GPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -19,11 +13,9 @@ from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize_reference, stored_order
 from spqr_numba.kernels.prepared import prepare
 
+from ..gpu import each_capability, needs_numba_cuda, ptx_of, run_in_simulator
 from ..problems import make_spec
 
-needs_numba_cuda = pytest.mark.skipif(
-    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES: dict[str, tuple[int, int, dict[str, int]]] = {
     "3 bit": (20, 300, {}),
@@ -74,19 +66,13 @@ def test_same_bits_in_the_simulator() -> None:
         "assert_same_bits('2 bit', torch.float16)\n"
         "assert_same_bits('group 8, stats 64', torch.float32)\n"
     )
-    environment = os.environ | {
-        "NUMBA_ENABLE_CUDASIM": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    run_in_simulator(script)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     from spqr_numba.kernels.prepared_cuda import dequantize_stored
 
     matrix = build(name)
@@ -95,19 +81,14 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@each_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ptx(
-    dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ptx(dtype: torch.dtype, capability: tuple[int, int]) -> None:
     """No float64, and nothing in local memory."""
-    from numba import cuda, types
-    from numba.cuda import dispatcher
+    from numba import types
 
     from spqr_numba.kernels.prepared_cuda import Views, dequantize_kernel
 
-    device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     kernel = dequantize_kernel.__wrapped__(3, 3, 16, dtype)
     arrays = [
         types.Array(number, dimensions, "A" if dimensions in (4, 6) else "C")
@@ -123,6 +104,4 @@ def test_ptx(
     written = types.float32 if dtype == torch.float32 else types.uint16
     out = types.Array(written, 2, "C")
     signature = types.NamedTuple(arrays, Views), out, types.int64
-    ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability)
-    assert ".f64" not in ptx
-    assert ".local" not in ptx
+    ptx_of(kernel, signature, capability)

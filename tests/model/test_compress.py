@@ -96,8 +96,6 @@ def test_compressed_loads_and_is_what_was_calibrated(
 @pytest.mark.gpu
 def test_on_a_gpu(folder_of: FolderOf, run: Run) -> None:
     """The same bytes from run to run, wherever hidden states are, and about a CPU's losses."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     folder = folder_of("llama")
     on_gpu = run(folder, name="gpu", device="cuda")
     off_loaded = run(folder, name="off", device="cuda", offload_activations=True)

@@ -1,0 +1,42 @@
+"""What tests of CUDA kernels share: PTX without a GPU, and Numba's simulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+__all__ = ["each_capability", "needs_numba_cuda", "ptx_of", "run_in_simulator"]
+
+needs_numba_cuda = pytest.mark.skipif(
+    find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
+)
+each_capability = pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+
+
+def ptx_of(
+    kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int], **options: Any
+) -> str:
+    """The PTX of a kernel; it has no float64 and nothing in local memory."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    device = SimpleNamespace(compute_capability=capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "get_current_device", lambda: device)
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **options)
+    assert ".f64" not in ptx
+    assert ".local" not in ptx
+    return ptx
+
+
+def run_in_simulator(script: str) -> None:
+    """Run Python code in a process where Numba simulates a GPU."""
+    path = os.pathsep.join(sys.path)
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
