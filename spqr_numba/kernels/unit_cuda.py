@@ -260,17 +260,21 @@ def group_summer(group_size: int) -> Any:
     @intrinsic
     def sum_group(typingctx, address):
         def codegen(context, builder, signature, arguments):
-            ptx = Ptx(builder)
-            total = f32(0)
-            for start in range(0, group_size * HALF_BYTES, LOAD_BYTES):
-                for word in ptx.load_shared(builder.add(arguments[0], i32(start))):
-                    for value in ptx.floats(word):
-                        total = builder.fadd(total, value)
-            return builder.fmul(total, f32(SUBNORMAL_UNIT))
+            return group_sum(Ptx(builder), arguments[0], group_size)
 
         return types.float32(types.int32), codegen
 
     return sum_group
+
+
+def group_sum(ptx: Ptx, address: ir.Value, group_size: int) -> ir.Value:
+    """What `group_summer` sums."""
+    total = f32(0)
+    for start in range(0, group_size * HALF_BYTES, LOAD_BYTES):
+        for word in ptx.load_shared(ptx.builder.add(address, i32(start))):
+            for value in ptx.floats(word):
+                total = ptx.builder.fadd(total, value)
+    return ptx.builder.fmul(total, f32(SUBNORMAL_UNIT))
 
 
 # --- Codes out of words

@@ -1,6 +1,7 @@
 """The product of a prepared weight on a GPU: its PTX, and what it gives, element by element.
 
-PTX needs the package numba-cuda, and no GPU; test_matmul.py has matrices that stay canonical.
+PTX needs the package numba-cuda, and no GPU; emulator.py runs small cases with neither.
+test_matmul.py has matrices that stay canonical.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
-from spqr_numba.kernels.matmul import matmul
+from spqr_numba.kernels.matmul import matmul, multiply_prepared
 from spqr_numba.kernels.prepared import prepare
 
 from ..gpu import each_capability, needs_numba_cuda, ptx_of
 from ..problems import make_spec
+from .emulator import emulated
 from .test_matmul import assert_right, make_x
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -43,6 +45,7 @@ CASES: dict[str, tuple[int, int, dict[str, int], Any, bool]] = {
     "2 bit": (50, 700, TWO_BITS, 2, True),
     "group 8, stats 64": (130, 700, GROUP_8, 2, True),
     "long": (48, 28672, {}, 290, True),
+    "many units": (20, 6500, GROUP_8, 2, True),
     "tall": (9000, 64, {}, 1, True),
 }
 
@@ -124,6 +127,30 @@ def test_same_bits_twice_and_in_a_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "arrival"),
+    [
+        ("ragged", torch.bfloat16, "late"),
+        ("no whole load", torch.float16, "early"),
+        ("one column", torch.float16, "late"),
+        ("no outliers", torch.float16, "late"),
+        ("in order", torch.float16, "early"),
+        ("all outliers in one row", torch.float16, "late"),
+        ("4 bit", torch.bfloat16, "early"),
+        ("2 bit", torch.float16, "late"),
+        ("many units", torch.float16, "late"),
+        ("many units", torch.float16, "early"),
+    ],
+    ids=str,
+)
+def test_emulated(name: str, dtype: torch.dtype, arrival: str) -> None:
+    matrix = build(name)
+    x = make_x(1, matrix.spec.in_features, dtype=dtype)
+    with emulated(arrival):
+        y = multiply_prepared(x, prepare(matrix), None)
+    assert_right(y, x, matrix)
 
 
 @needs_numba_cuda

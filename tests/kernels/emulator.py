@@ -1,0 +1,365 @@
+"""A GPU made of threads and NumPy, which runs the product's kernels where there is none.
+
+A kernel's Python is run as it stands, by as many threads as a block has. What PTX would do is here
+in NumPy: the lanes of a warp meet where they execute something together, and one of them does it on
+arrays of 32. Shared memory is as large as was asked for, and full of NaN at first. Copies ahead
+arrive at either end of what a GPU may do: at once ("early"), or not until they are waited for
+("late").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+__all__ = ["emulated"]
+
+PACKAGE = "spqr_numba.kernels."
+SHARED_BYTES = 227 * 1024 - 2048  # of an H100
+MULTIPROCESSORS = 1
+LANES = 32
+LOAD_BYTES = 16
+WORD, FLOAT, HALF = np.uint32, np.float32, np.float16
+here = threading.local()  # the running thread: its block, warp, lane and copies
+
+
+@contextmanager
+def emulated(arrival: str) -> Iterator[ModuleType]:
+    """matmul_cuda, imported anew for this GPU; `arrival` of copies is "early" or "late"."""
+    with pytest.MonkeyPatch.context() as patch:
+        for room, replaced in replacements(late=arrival == "late").items():
+            module = importlib.import_module(PACKAGE + room)
+            for name, value in replaced.items():
+                patch.setattr(module, name, value)
+        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+        patch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+        patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+        stream = SimpleNamespace(cuda_stream=0)
+        patch.setattr("torch.cuda.current_stream", lambda device: stream)
+        patch.delitem(sys.modules, PACKAGE + "matmul_cuda", raising=False)
+        yield importlib.import_module(PACKAGE + "matmul_cuda")
+        del sys.modules[PACKAGE + "matmul_cuda"]
+
+
+def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
+    """Names, by room, that stand for a GPU or write its instructions."""
+    nothing = dict.fromkeys(
+        ("prefetch", "wait_for_dependencies", "let_dependents_start"), lambda *_: None
+    )
+    return {
+        "launch": {
+            "numba_cuda": lambda: Cuda,
+            "Launcher": Launcher,
+            "shared_memory": lambda device: SHARED_BYTES,
+        },
+        "ptx": nothing
+        | {
+            "shared_address": lambda array: np.int32(0),
+            "load_int32": lambda address: np.int32(ctypes.c_int32.from_address(int(address)).value),
+            "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
+            "load_words": load_words,
+            "store_uint16": store_uint16,
+            "copier": partial(copier, late),
+            "end_of_copies": lambda: here.copies.append([]),
+            "copies_done": copies_done,
+        },
+        "scalars": {
+            "half_to_float": lambda bits: FLOAT(np.uint16(bits).view(HALF)),
+            "float_to_half": lambda value: HALF(value).view(np.uint16),
+            "bfloat_to_float": lambda bits: WORD(int(bits) << 16).view(FLOAT),
+            "float_to_bfloat": float_to_bfloat,
+            "power_of_two": lambda exponent: FLOAT(2.0 ** int(exponent)),
+        },
+        "unit_cuda": {
+            "i32": lambda value: WORD(value & 0xFFFFFFFF),
+            "f32": FLOAT,
+            "unit_multiplier": unit_multiplier,
+            "group_summer": group_summer,
+        },
+    }
+
+
+# --- Blocks, threads, and what they do together
+
+
+class Block:
+    """A running block: its shared memory, and where its threads wait for each other."""
+
+    def __init__(self, index: int, grid: int, threads: int, shared_bytes: int) -> None:
+        self.index, self.grid = index, grid
+        self.memory = np.full(shared_bytes, 0xFF, np.uint8)
+        self.arrays: dict[Any, np.ndarray] = {}
+        self.barrier = threading.Barrier(threads)
+        self.warps = [Warp() for _ in range(threads // LANES)]
+
+
+class Warp:
+    """Where 32 lanes meet."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(LANES)
+        self.given: list[Any] = [None] * LANES
+        self.results: Any = None
+
+    def together(self, function: Callable[[list[Any]], Any], given: Any) -> Any:
+        """What `function` of all lanes' arguments has for this lane."""
+        self.given[here.lane] = given
+        if self.barrier.wait() == 0:
+            self.results = function(list(self.given))
+        self.barrier.wait()
+        return self.results[here.lane]
+
+
+class Launcher:
+    """launch.Launcher: runs a kernel, block by block."""
+
+    def __init__(self, kernel, signature, argument_types, device, *, threads, shared_bytes, early):
+        self.kernel, self.threads, self.signature = kernel, threads, signature
+        assert shared_bytes <= SHARED_BYTES
+
+    def launch(self, grid: int, shared_bytes: int, stream: int, *numbers: int) -> None:
+        """All blocks, one after the other; the first error of a thread is raised."""
+        rest, arguments = iter(numbers), []
+        for argument in self.signature:
+            kinds = getattr(argument, "types", [argument])
+            values = [getattr(np, kind.name)(next(rest)) for kind in kinds]
+            arguments.append(argument.instance_class(*values) if len(values) > 1 else values[0])
+        assert not list(rest)
+        for index in range(grid):
+            self.run_block(Block(index, grid, self.threads, shared_bytes), arguments)
+
+    def run_block(self, block: Block, arguments: list[Any]) -> None:
+        """Raises what a thread raised."""
+        errors: list[BaseException] = []
+        threads = [
+            threading.Thread(target=self.run_thread, args=(block, number, arguments, errors))
+            for number in range(self.threads)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        first = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if first:
+            raise first[0]
+
+    def run_thread(self, block: Block, number: int, arguments: list[Any], errors: list) -> None:
+        """One thread, from start to end; an error lets none of the others wait for it."""
+        here.block, here.number = block, number
+        here.warp, here.lane, here.copies = block.warps[number // LANES], number % LANES, [[]]
+        try:
+            with np.errstate(all="ignore"):
+                self.kernel(*arguments)
+        except BaseException as error:  # a thread has nobody to raise it to
+            errors.append(error)
+            for barrier in (block.barrier, *(warp.barrier for warp in block.warps)):
+                barrier.abort()
+
+
+class Cuda:
+    """The module numba.cuda, as far as kernels use it."""
+
+    class Index:
+        """threadIdx, blockIdx, gridDim: `x` by name."""
+
+        def __init__(self, value: Callable[[], int]) -> None:
+            self.value = value
+
+        @property
+        def x(self) -> int:
+            """Along the one axis that there is."""
+            return self.value()
+
+    threadIdx = Index(lambda: here.number)  # noqa: N815 - numba's name
+    blockIdx = Index(lambda: here.block.index)  # noqa: N815
+    gridDim = Index(lambda: here.block.grid)  # noqa: N815
+
+    @staticmethod
+    def jit(**options: Any) -> Callable:
+        """Leave a function as it is."""
+        return lambda function: function
+
+    @staticmethod
+    def syncthreads() -> None:
+        """Wait for the block."""
+        here.block.barrier.wait()
+
+    @staticmethod
+    def syncwarp() -> None:
+        """Wait for the warp."""
+        here.warp.barrier.wait()
+
+    @staticmethod
+    def shfl_xor_sync(lanes: int, value: Any, distance: int) -> Any:
+        """The value of the lane whose number differs in these bits."""
+        return here.warp.together(lambda all_: [all_[i ^ distance] for i in range(LANES)], value)
+
+    class shared:  # noqa: N801 - numba's name
+        """Shared memory."""
+
+        @staticmethod
+        def array(shape: int, dtype: Any) -> np.ndarray:
+            """The block's whole memory where shape is 0; else an array of its own."""
+            if shape == 0:
+                memory = here.block.memory
+                return memory[: len(memory) // 8 * 8].view(dtype)
+            return here.block.arrays.setdefault((shape, dtype), np.zeros(shape, dtype))
+
+
+# --- Memory
+
+
+def read(address: int, kind: Any, dtype: Any) -> Any:
+    """A number at an address."""
+    return dtype(kind.from_address(int(address)).value)
+
+
+def load_words(address: int) -> tuple[Any, ...]:
+    """Four int32."""
+    assert int(address) % LOAD_BYTES == 0
+    return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
+
+
+def store_uint16(address: int, value: Any) -> None:
+    """Two bytes."""
+    ctypes.c_uint16.from_address(int(address)).value = int(value)
+
+
+def copier(late: bool, *distances: int) -> Callable[[Any, Any], None]:
+    """copy_ahead(to, source): now, or when its group is waited for."""
+
+    def copy(to: int, source: int) -> None:
+        assert to % LOAD_BYTES == source % LOAD_BYTES == 0
+        memory = here.block.memory
+        assert 0 <= to <= len(memory) - LOAD_BYTES
+        ctypes.memmove(memory.ctypes.data + to, source, LOAD_BYTES)
+
+    def copy_ahead(to: Any, source: Any) -> None:
+        for distance in distances:
+            here.copies[-1].append(partial(copy, int(to) + distance, int(source) + distance))
+        if not late:
+            done(here.copies[-1:])
+
+    return copy_ahead
+
+
+def copies_done(groups: int) -> Callable[[], None]:
+    """wait(): all groups but the latest `groups` are there."""
+    return lambda: done(here.copies[: len(here.copies) - 1 - groups])
+
+
+def done(groups: list[list[Callable[[], None]]]) -> None:
+    """Copy what these groups hold."""
+    for group in groups:
+        for copy in group:
+            copy()
+        group.clear()
+
+
+def float_to_bfloat(value: Any) -> Any:
+    """bf16 bits, half to even; NaN stays one."""
+    bits = int(FLOAT(value).view(WORD))
+    if np.isnan(value):
+        return np.uint16(bits >> 16 | 0x40)
+    return np.uint16(bits + 0x7FFF + (bits >> 16 & 1) >> 16)
+
+
+# --- Instructions, on arrays of 32 lanes
+
+
+def unit_multiplier(spec: Any) -> Callable[..., Any]:
+    """unit_cuda.unit_multiplier: its Unit, written onto lanes."""
+    from spqr_numba.kernels.unit_cuda import Unit
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
+        columns = [np.array(column) for column in zip(*given, strict=True)]
+        addresses = [column.astype(WORD) for column in columns[:7]]
+        totals = [column.astype(FLOAT) for column in columns[7:]]
+        with np.errstate(all="ignore"):
+            totals = Unit(Instructions(memory), spec, *addresses).add_to(totals)
+        return list(zip(*totals, strict=True))
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
+
+
+def group_summer(group_size: int) -> Callable[[Any], Any]:
+    """unit_cuda.group_summer: of one lane."""
+    from spqr_numba.kernels.unit_cuda import group_sum
+
+    def run(address: Any) -> Any:
+        where = np.array([address]).astype(WORD)
+        return group_sum(Instructions(here.block.memory), where, group_size)[0]
+
+    return run
+
+
+class Instructions:
+    """ptx.Ptx and the builder of LLVM: each instruction is carried out, for all lanes at once."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory, self.builder = memory, self
+
+    add = staticmethod(lambda a, b: (a + b).astype(WORD))
+    mul = staticmethod(lambda a, b: (a * b).astype(WORD))
+    and_ = staticmethod(lambda a, b: a & b)
+    lshr = staticmethod(lambda a, b: a >> b)
+    fadd = staticmethod(lambda a, b: FLOAT(a + b))
+    fsub = staticmethod(lambda a, b: FLOAT(a - b))
+    fmul = staticmethod(lambda a, b: FLOAT(a * b))
+    fma = staticmethod(lambda a, b, c: (np.multiply(a, b, dtype=np.float64) + c).astype(FLOAT))
+
+    def shared(self, address: np.ndarray, count: int, dtype: Any) -> list[np.ndarray]:
+        """`count` numbers of 4 bytes from each lane's address on, which their size divides."""
+        assert (address % (4 * count) == 0).all()
+        numbers = self.memory[: len(self.memory) // 8 * 8].view(dtype)
+        return [numbers[address // 4 + i] for i in range(count)]
+
+    def load_shared(self, address: np.ndarray) -> list[np.ndarray]:
+        """Four words."""
+        return self.shared(address, 4, WORD)
+
+    def load_shared_word(self, address: np.ndarray) -> np.ndarray:
+        """One word."""
+        return self.shared(address, 1, WORD)[0]
+
+    def load_shared_floats(self, address: np.ndarray) -> list[np.ndarray]:
+        """Two float32."""
+        return self.shared(address, 2, FLOAT)
+
+    def masked_or(self, word: np.ndarray, mask: int, other: np.ndarray) -> np.ndarray:
+        """word & mask | other."""
+        return word & WORD(mask) | other
+
+    def fma_halves(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """a * b + c of both halves."""
+        a, b, c = (halves(word).astype(np.float64) for word in np.broadcast_arrays(a, b, c))
+        return np.ascontiguousarray((a * b + c).astype(HALF)).view(WORD)[..., 0]
+
+    def floats(self, word: np.ndarray) -> list[np.ndarray]:
+        """Both halves."""
+        return list(halves(word).astype(FLOAT).T)
+
+    def mma(self, sums: list, a: list, b: list, kind: str) -> list[np.ndarray]:
+        """mma.m16n8k16, by the fragment tables of the PTX manual (row-major A, column-major B)."""
+        left = np.stack([halves(word) for word in a]).astype(np.float64)
+        right = np.stack([halves(word) for word in b]).astype(np.float64)
+        # lane = 4 g + t; A: [half of k, half of rows, g, t, pair]; B: [half of k, n, t, pair]
+        rows = left.reshape(2, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, 16)
+        columns = right.reshape(2, 8, 4, 2).transpose(0, 2, 3, 1).reshape(16, 8)
+        product = (rows @ columns).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, LANES)
+        return [FLOAT(total + more) for total, more in zip(sums, product, strict=True)]
+
+
+def halves(word: np.ndarray) -> np.ndarray:
+    """fp16 [..., 2], the lower first."""
+    return np.ascontiguousarray(word)[..., None].view(HALF)
