@@ -243,6 +243,11 @@ config_options = _apply(
             help="Calibrate each linear on the outputs of the compressed ones before it.",
         ),
         click.option(
+            "--asymmetric",
+            is_flag=True,
+            help="Aim at the dense model's outputs, so that later layers mend earlier errors.",
+        ),
+        click.option(
             "--nearest",
             is_flag=True,
             help="Round to nearest: no calibration, no outliers.",

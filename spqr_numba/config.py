@@ -19,7 +19,7 @@ PERMUTATIONS = ("act-order", "identity", "spearman")
 FITS = ("min-max", "joint")
 OUTLIER_SEARCHES = ("leave-one-out", "simplified")
 FACTORIZATION_FALLBACKS = ("error", "round-to-nearest")
-MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential")
+MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential", "asymmetric")
 SECOND_LEVEL_BITS = 16
 OUTLIER_BITS = 32
 
@@ -47,6 +47,8 @@ class SpqrConfig:
     use_hessian          False rounds to nearest: no calibration, no error propagation
     true_sequential      quantize the linears of a block in the order in which they run, each
                          calibrated on the outputs of the ones before
+    asymmetric           aim at what each linear returns in the dense model, where its inputs are
+                         others: errors of the blocks before are made good as far as it can
     on_failed_factorization  what to do with a Hessian that no damping makes positive definite
     skip                 regular expressions of module names to leave as they are
     overrides            (regular expression, {field: value}) pairs; the first match wins
@@ -67,6 +69,7 @@ class SpqrConfig:
     round_zero: bool = False
     use_hessian: bool = True
     true_sequential: bool = False
+    asymmetric: bool = False
     on_failed_factorization: str = "error"
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -129,7 +132,7 @@ class SpqrConfig:
             return None
         for pattern, values in self.overrides:
             if re.search(pattern, name):
-                return replace(self, **values, overrides=())
+                return self._overridden(values)
         return self
 
     def formula_bits(self, outlier_share: float = 0.0, in_features: int | None = None) -> float:
@@ -144,6 +147,11 @@ class SpqrConfig:
             if statistic_bits != 16:
                 bits += 2 * SECOND_LEVEL_BITS / (columns * self.stats_group_size)
         return bits
+
+    def _overridden(self, values: Mapping[str, Any]) -> SpqrConfig:
+        """These settings for one module, to which what is one for all does not apply."""
+        alike = replace(self, overrides=(), true_sequential=False, asymmetric=False)
+        return replace(alike, **values)
 
     def _check_ranges(self) -> None:
         self._check_member("bits", tuple(range(2, 9)))
@@ -184,8 +192,9 @@ class SpqrConfig:
                 "act-order sorts by the Hessian's diagonal: rounding to nearest"
                 " (use_hessian=False) needs permutation='identity' or 'spearman'"
             )
-        if self.true_sequential:
-            raise ConfigError("true_sequential calibrates, and use_hessian=False does not")
+        for name in ("true_sequential", "asymmetric"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} calibrates, and use_hessian=False does not")
 
     def _check_joint(self) -> None:
         for name in ("scale_bits", "zero_bits"):
@@ -212,7 +221,7 @@ class SpqrConfig:
             unknown = sorted(set(values) - {f.name for f in fields(self)})
             if unknown:
                 raise ConfigError(f"the override for {pattern!r} sets unknown field {unknown[0]!r}")
-            replace(self, **values, overrides=())
+            self._overridden(values)
 
 
 PRESETS = {

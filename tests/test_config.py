@@ -64,6 +64,7 @@ def test_balanced_keeps_to_its_bits() -> None:
         ({"use_hessian": False}, "needs outlier_threshold=None"),
         ({**RTN, "permutation": "act-order"}, "needs permutation='identity' or 'spearman'"),
         ({**RTN, "true_sequential": True}, "true_sequential calibrates"),
+        ({**RTN, "asymmetric": True}, "asymmetric calibrates"),
         ({"skip": ("(",)}, "'(' is not a regular expression"),
         ({"skip": "lm_head"}, "skip"),
         ({"overrides": (("[", {"bits": 4}),)}, "'[' is not a regular expression"),
@@ -108,7 +109,7 @@ def test_json_and_back(config: SpqrConfig) -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(ConfigError, match="unknown setting 'wbits'; known: bits, damping"):
+    with pytest.raises(ConfigError, match="unknown setting 'wbits'; known: asymmetric, bits"):
         SpqrConfig.from_dict({"wbits": 3})
 
 

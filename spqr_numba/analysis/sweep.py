@@ -55,8 +55,8 @@ def sweep(
     """The point of each named setting, one by one, in order.
 
     windows are int64 [N, L] tokens to measure on, other keywords are those of `compress`. `skip`,
-    `overrides` and `true_sequential` are not followed: all linears are treated alike. Raises as
-    `calibrated_layers`, `quantize_weight` and `perplexity` do.
+    `overrides`, `true_sequential` and `asymmetric` are not followed: all linears are treated alike.
+    Raises as `calibrated_layers`, `quantize_weight` and `perplexity` do.
     """
     layers = list(
         calibrated_layers(model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)

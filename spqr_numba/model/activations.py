@@ -8,7 +8,7 @@ recorder, which keeps its arguments and hands the hidden states on to the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ RETURNS: tuple[Callable[[torch.Tensor], object], ...] = (
 )
 RECORDING_ERRORS = (AttributeError, IndexError, ModelError, RuntimeError, TypeError, ValueError)
 HIDDEN_STATES = "hidden_states"
+HIDDEN_DIMS = 3
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, no error
@@ -46,6 +47,8 @@ class Activations:
 
     states       [windows, L, d], what the next block gets; replaced in place, a batch at a time on
                  the block's device
+    dense        the same as the dense model has it, or None; given with states as one tensor
+                 [2, windows, L, d]
     batch_size   windows run at once
     calls        number of windows -> the arguments of each block for a batch of so many
     """
@@ -53,7 +56,10 @@ class Activations:
     def __init__(
         self, states: torch.Tensor, batch_size: int, calls: dict[int, list[BlockCall]]
     ) -> None:
-        self.states = states
+        self._whole = states
+        alone = states.ndim == HIDDEN_DIMS
+        self.states: torch.Tensor = states if alone else states[0]
+        self.dense: torch.Tensor | None = None if alone else states[1]
         self.batch_size = batch_size
         self.calls = calls
 
@@ -67,10 +73,12 @@ class Activations:
         states: torch.Tensor | None = None,
         *,
         offload: bool = False,
+        dense: bool = False,
     ) -> Self:
         """Embed token windows [windows, L], or go on from the `states` of an earlier run.
 
-        The states stay where the windows are, or with `offload` in main memory. Everything of
+        The states stay where the windows are, or with `offload` in main memory; `dense` carries
+        those of the dense model along, which begin as the same. Everything of
         `model` in front of its blocks must be loaded. Raises ModelError where the blocks cannot be
         run one by one.
         """
@@ -78,6 +86,7 @@ class Activations:
         place = torch.device("cpu") if offload else windows.device
         if states is None:
             states = torch.cat([embed(model, blocks[0], batch).to(place) for batch in batches])
+            states = torch.stack([states, states]) if dense else states
         samples = {len(batch): batch for batch in (windows[:1], batches[0], batches[-1])}
         calls = {size: record_calls(model, blocks, batch) for size, batch in samples.items()}
         if len(windows) > 1:
@@ -93,10 +102,10 @@ class Activations:
         return self.states.is_cuda
 
     def in_main_memory(self) -> torch.Tensor:
-        """The states [windows, L, d] in main memory; a copy, where they are on a GPU."""
+        """What `start` takes for states, in main memory; a copy, where they are on a GPU."""
         if not self.on_gpu:
-            return self.states
-        return torch.empty_like(self.states, device="cpu", pin_memory=True).copy_(self.states)
+            return self._whole
+        return torch.empty_like(self._whole, device="cpu", pin_memory=True).copy_(self._whole)
 
     def run_first(self, block: nn.Module, index: int) -> None:
         """Run block `index` on the first window alone: what its hooks see, all windows will."""
@@ -105,10 +114,30 @@ class Activations:
     def run_all(self, block: nn.Module, index: int) -> None:
         """Run block `index` on every window, for what its hooks see; any may stop a batch."""
         for batch in self.states.split(self.batch_size):
-            try:
+            with suppress(StopForward):
                 self._run(block, index, batch)
-            except StopForward:
-                continue
+
+    def run_pairs(
+        self,
+        block: nn.Module,
+        index: int,
+        as_dense: Callable[[], AbstractContextManager],
+        *,
+        advance: bool,
+    ) -> None:
+        """`run_all`, each batch behind its dense twin, for which as_dense() prepares the block.
+
+        With `advance`, what the block makes of the dense states replaces them.
+        """
+        assert self.dense is not None
+        batches = zip(*(x.split(self.batch_size) for x in (self.dense, self.states)), strict=True)
+        for dense, batch in batches:
+            with suppress(StopForward), as_dense():
+                output = self._run(block, index, dense)
+                if advance:
+                    dense.copy_(output)
+            with suppress(StopForward):
+                self._run(block, index, batch)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the states by what block `index` makes of them."""

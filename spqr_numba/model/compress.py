@@ -11,7 +11,8 @@
 
 Only the hidden states and one block are in memory; for a GPU, the next block is read and the one
 before is written meanwhile. Pass 1 stops at the last linear, whose output nobody needs; the last
-block has no pass 2; rounding to nearest has no pass at all.
+block has no pass 2; rounding to nearest has no pass at all. Asymmetric calibration carries the
+dense model's hidden states along: in pass 1 each batch runs behind its dense twin.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ class Compression:
             return False
         width = self.source.config.get_text_config().hidden_size
         linears = [self.model.get_submodule(name) for name in self.settings]
+        paths = 2 if self.config.asymmetric else 1  # the dense model's states too
         return states_crowd(
-            states=self.windows.numel() * width * self.dtype.itemsize,
+            states=paths * self.windows.numel() * width * self.dtype.itemsize,
             largest=max(i * (i + o) for i, o in ((x.in_features, x.out_features) for x in linears)),
             block=sum(tensor.nbytes for tensor in self.blocks.modules[0].parameters()),
             free=torch.cuda.mem_get_info(self.device)[0],
@@ -233,6 +235,7 @@ class Compression:
                 self.batch_size,
                 states,
                 offload=self.offload,
+                dense=self.config.asymmetric,
             )
             release(self.model, names)
         return activations
@@ -245,12 +248,12 @@ class Compression:
         last = index + 1 == len(self.blocks)
         if not last:
             self.weights.expect(self._stored(index + 1))
+        if self.config.asymmetric:
+            self._await_states(activations)
         quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
         results = quantizer.quantize(activations, self.config.true_sequential)
         if activations is not None and not last:
-            with self.clock("write"):
-                if not activations.on_gpu:
-                    self.behind.wait()  # it writes these very states
+            self._await_states(activations)
             with self.clock("forward"):
                 activations.advance(block, index)
         release(self.model, stored)
@@ -262,6 +265,12 @@ class Compression:
             hidden = None if activations is None or last else activations.in_main_memory()
             self.behind.write_block(index, tensors, hidden)
             if self.device.type == "cpu":  # where a block takes longer than its file
+                self.behind.wait()
+
+    def _await_states(self, activations: Activations | None) -> None:
+        """Until the states may be replaced: in main memory, the writer still reads these very."""
+        if activations is not None and not activations.on_gpu:
+            with self.clock("write"):
                 self.behind.wait()
 
     def _stored(self, index: int) -> list[str]:

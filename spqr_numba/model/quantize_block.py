@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
+import torch
 from torch import nn
 
 from ..config import SpqrConfig
 from ..errors import ModelError, NumericsError
 from ..quantize.hessian import Factorization, Hessian, factorize
 from ..quantize.solver import QuantizedWeight, quantize_weight
-from .activations import Activations, StopForward
-from .blocks import InputGroup, find_linears, first_input, input_groups, pre_hook
+from .activations import Activations
+from .blocks import InputGroup, find_linears, input_groups
+from .input_sums import InputSums
 from .report import Clock
 
 __all__ = ["BlockQuantizer"]
@@ -43,7 +46,8 @@ class BlockQuantizer:
         named = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
         self.linears = {linear: module for linear, module in named.items() if linear in settings}
         self.settings = {linear: settings[linear] for linear in self.linears}
-        self.device = next(block.parameters()).device
+        self._keeps_dense = False
+        self._dense: dict[str, torch.Tensor] = {}  # weights of linears that are compressed already
 
     def quantize(
         self, activations: Activations | None, sequential: bool
@@ -56,10 +60,12 @@ class BlockQuantizer:
         """
         if activations is None:
             return {name: self._quantize(name, None) for name in self.linears}
+        self._keeps_dense = sequential and activations.dense is not None
         results: dict[str, QuantizedWeight] = {}
         groups = self._input_groups(activations)
-        for stage in [[group] for group in groups] if sequential else [groups]:
-            hessians = self._accumulate(stage, activations)
+        stages = [[group] for group in groups] if sequential and groups else [groups]
+        for stage in stages:
+            hessians = self._accumulate(stage, activations, last=stage is stages[-1])
             for group in stage:
                 results |= self._quantize_group(group, hessians.pop(group, None))
         return results
@@ -77,40 +83,43 @@ class BlockQuantizer:
         return groups + [InputGroup((name,), 0) for name in self.linears if name not in reached]
 
     def _accumulate(
-        self, groups: Sequence[InputGroup], activations: Activations
+        self, groups: Sequence[InputGroup], activations: Activations, *, last: bool
     ) -> dict[InputGroup, Hessian]:
-        """The Hessian of each group's input, where a linear of the group needs one."""
-        hessians = {
-            group: Hessian(self.linears[group.names[0]].in_features, self.device)
+        """The Hessian of each group's input, where a linear of the group needs one.
+
+        With the `last` groups of the block the dense states go on to the next, if there are any.
+        """
+        needing = {
+            group: self.linears[group.names[0]]
             for group in groups
             if any(self.settings[name].use_hessian for name in group.names)
         }
-        if not hessians:
+        advance = last and activations.dense is not None
+        if not needing and not advance:
             return {}
-        awaited = {group: group.calls for group in hessians}
-        with self.clock("forward"), ExitStack() as hooks:
-            hooks.enter_context(
-                pre_hook(self.block, lambda *_: awaited.update((g, g.calls) for g in hessians))
-            )
-            for group, hessian in hessians.items():
-                linear = self.linears[group.names[0]]
-                hooks.enter_context(pre_hook(linear, self._hook(group, hessian, awaited)))
-            activations.run_all(self.block, self.index)
-        return hessians
+        sums = InputSums(self.block, needing, self.clock)
+        with self.clock("forward"), sums.hooked():
+            if activations.dense is None:
+                activations.run_all(self.block, self.index)
+            else:
+                as_dense = partial(self._as_dense, sums, whole=advance)
+                activations.run_pairs(self.block, self.index, as_dense, advance=advance)
+        return sums.hessians
 
-    def _hook(
-        self, group: InputGroup, hessian: Hessian, awaited: dict[InputGroup, int]
-    ) -> Callable:
-        """Adds a batch to `hessian`, and stops the pass behind the last one awaited."""
+    @contextmanager
+    def _as_dense(self, sums: InputSums, *, whole: bool) -> Iterator[None]:
+        """Within, the block has its own weights, and `sums` remembers its inputs."""
+        self._exchange_weights()
+        try:
+            with sums.remembering(whole=whole):
+                yield
+        finally:
+            self._exchange_weights()
 
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            with self.clock("hessian"):
-                hessian.add(first_input(args, kwargs))
-            awaited[group] -= 1
-            if not any(awaited.values()):
-                raise StopForward
-
-        return hook
+    def _exchange_weights(self) -> None:
+        for name, weight in self._dense.items():
+            parameter = self.linears[name].weight
+            self._dense[name], parameter.data = parameter.data, weight
 
     def _quantize_group(
         self, group: InputGroup, hessian: Hessian | None
@@ -119,7 +128,7 @@ class BlockQuantizer:
         if hessian is None:
             return {name: self._quantize(name, None) for name in group.names}
         with self.clock("hessian"), named(group.names[0]):
-            matrix = hessian.matrix
+            matrix, drift = hessian.matrix, hessian.drift
         del hessian  # as large as the matrix
         factorizations: dict[tuple, Factorization] = {}
         results = {}
@@ -128,7 +137,7 @@ class BlockQuantizer:
             if key is not None and key not in factorizations:
                 with self.clock("factorise"), named(name):
                     weight = self.linears[name].weight
-                    factorizations[key] = factorize(matrix, self.settings[name], weight)
+                    factorizations[key] = factorize(matrix, self.settings[name], weight, drift)
             results[name] = self._quantize(name, factorizations.get(key) if key else None)
         return results
 
@@ -148,6 +157,8 @@ class BlockQuantizer:
         linear, config = self.linears[name], self.settings[name]
         with self.clock("quantize"), named(name):
             result = quantize_weight(linear.weight, factorization, config)
+            if self._keeps_dense:
+                self._dense[name] = linear.weight.data.clone()
             linear.weight.copy_(result.weight)
         if config.use_hessian and result.report.damping > config.damping:
             logger.warning("%s: damping raised to %g", name, result.report.damping)

@@ -31,23 +31,41 @@ DAMPING_GROWTH = 10.0
 
 
 class Hessian:
-    """Accumulates H = (2/N) sum x x^T in fp32 over inputs x [in_features]."""
+    """Accumulates H = (2/N) sum x x^T in fp32 over inputs x [in_features].
+
+    And, where it is told what the dense model has in their place, the drift of drift.py.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
+        self._drift: torch.Tensor | None = None
         self._inputs = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add inputs [..., in_features], any float dtype. Raises InputError for another width."""
+    def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None) -> None:
+        """Add inputs [..., in_features], any float dtype; `dense` is like them.
+
+        Raises InputError for another width, or another shape of `dense`.
+        """
         n = len(self._sum)
         if inputs.shape[-1] != n:
             raise InputError(f"inputs have {inputs.shape[-1]} features; the Hessian has {n}")
+        if dense is not None and dense.shape != inputs.shape:
+            raise InputError(
+                f"dense inputs are {list(dense.shape)}; they must be {list(inputs.shape)}"
+            )
         x = inputs.reshape(-1, n).to(torch.float32)
         self._inputs += len(x)
         with tensor_cores(inputs.is_cuda and inputs.itemsize == 2):
             for start in range(0, n, PANEL):  # the lower triangle of panels follows by symmetry
                 panel = x[:, start : start + PANEL]
                 self._sum[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+            if dense is not None:
+                self._add_drift(x, dense.reshape(-1, n).to(torch.float32) - x)
+
+    def _add_drift(self, x: torch.Tensor, difference: torch.Tensor) -> None:
+        if self._drift is None:
+            self._drift = torch.zeros_like(self._sum)
+        self._drift.addmm_(difference.T, x)
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -57,10 +75,21 @@ class Hessian:
             square = self._sum[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
-        hessian = self._sum * (2 / max(self._inputs, 1))
-        if not is_finite(hessian):
+        return self._mean(self._sum)
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """D: fp32 [in_features, in_features]; None where no dense inputs were given.
+
+        Raises NumericsError for NaN or inf.
+        """
+        return None if self._drift is None else self._mean(self._drift)
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        mean = total * (2 / max(self._inputs, 1))
+        if not is_finite(mean):
             raise NumericsError("the layer's inputs hold NaN or inf; check the model's weights")
-        return hessian
+        return mean
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -92,6 +121,7 @@ class Factorization:
     upper     fp32 [n, n]   U; None where weights are rounded to nearest
     dead      bool [n]      inputs that were always 0, permuted
     damping   share of mean(diag H) that was added
+    drift     fp32 [n, n]   permuted; None where inputs are taken for those of the dense model
     """
 
     order: torch.Tensor
@@ -99,24 +129,30 @@ class Factorization:
     upper: torch.Tensor | None
     dead: torch.Tensor
     damping: float
+    drift: torch.Tensor | None = None
 
 
 def factorize(
-    hessian: torch.Tensor, config: SpqrConfig, weight: torch.Tensor | None = None
+    hessian: torch.Tensor,
+    config: SpqrConfig,
+    weight: torch.Tensor | None = None,
+    drift: torch.Tensor | None = None,
 ) -> Factorization:
     """Order, damp and factorise H (fp32 [n, n]).
 
-    weight fp32 [m, n] is only read for permutation="spearman". Where H with its damping is not
+    weight fp32 [m, n] is only read for permutation="spearman", drift fp32 [n, n] (drift.py) is only
+    put into the same order. Where H with its damping is not
     positive definite the damping grows tenfold, up to six times; then NumericsError, or, with
     on_failed_factorization="round-to-nearest", a Factorization without U.
     """
     order = column_order(config.permutation, hessian.diagonal(), weight)
     permuted = hessian[order][:, order]
+    drift = None if drift is None else drift[order][:, order]
     dead = permuted.diagonal() == 0
     for damping in damping_steps(config.damping):
         upper = inverse_cholesky(permuted, dead, damping)
         if upper is not None:
-            return Factorization(order, permuted, upper, dead, damping)
+            return Factorization(order, permuted, upper, dead, damping, drift)
         log.warning("the Hessian is not positive definite with damping %g; trying more", damping)
     if config.on_failed_factorization == "round-to-nearest":
         log.warning("no damping helps; rounding this layer to nearest")

@@ -23,6 +23,7 @@ from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 from ..format.matrix import SpqrMatrix
 from ..format.packing import outliers_to_csr, pack_codes, pack_statistics
 from ..kernels.columns import ColumnLoop, block_columns, column_walk
+from .drift import aimed_at
 from .hessian import Factorization, factorize, is_finite, tensor_cores
 from .outliers import outlier_threshold
 from .permutation import column_order
@@ -96,7 +97,7 @@ def quantize_weight(
     factor = as_factorization(weight, hessian, config)
     spec = MatrixSpec.from_config(config, *weight.shape)
     columns = weight.T[factor.order]
-    walk = walk_columns(columns, factor, spec, config)
+    walk = walk_columns(aimed_at(columns, factor), factor, spec, config)
     matrix = pack(walk.loop, spec, factor.order, config)
     quantized = walk.loop.weight
     if not is_finite(quantized):

@@ -48,6 +48,7 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
         ("--simplified_outliers", SpqrConfig(outlier_search="simplified")),
         ("--true-sequential", SpqrConfig(true_sequential=True)),
         ("--true_sequential", SpqrConfig(true_sequential=True)),
+        ("--asymmetric", SpqrConfig(asymmetric=True)),
         ("--round-zero", SpqrConfig(round_zero=True)),
         ("--round_zero 1", SpqrConfig(round_zero=True)),
         ("--round_zero 0", SpqrConfig()),

@@ -33,6 +33,7 @@ from . import architectures
 from .architectures import ARCHITECTURES
 
 PAPER = SpqrConfig(damping=0.1)
+ASYMMETRIC = replace(PAPER, asymmetric=True)
 RTN = SpqrConfig.rtn(4, 16)
 CALIBRATION = {"nsamples": 5, "seqlen": 24, "batch_size": 2}
 
@@ -94,13 +95,15 @@ def test_compressed_loads_and_is_what_was_calibrated(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(folder_of: FolderOf, run: Run) -> None:
+@pytest.mark.parametrize("config", [PAPER, ASYMMETRIC], ids=["spqr", "asymmetric"])
+def test_on_a_gpu(config: SpqrConfig, folder_of: FolderOf, run: Run) -> None:
     """The same bytes from run to run, wherever hidden states are, and about a CPU's losses."""
     folder = folder_of("llama")
-    on_gpu = run(folder, name="gpu", device="cuda")
-    off_loaded = run(folder, name="off", device="cuda", offload_activations=True)
+    on_gpu = run(folder, config, "gpu", device="cuda")
+    off_loaded = run(folder, config, "off", device="cuda", offload_activations=True)
     assert tensors_of(on_gpu) == tensors_of(off_loaded)
-    losses = [[float(row["relative_loss"]) for row in log_of(out)] for out in (on_gpu, run(folder))]
+    on_cpu = run(folder, config)
+    losses = [[float(row["relative_loss"]) for row in log_of(out)] for out in (on_gpu, on_cpu)]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.1, atol=0)
 
 
@@ -263,6 +266,17 @@ def test_true_sequential_calibrates_on_compressed_outputs(folder_of: FolderOf, r
         assert torch.equal(*weights) == same, name
 
 
+def test_asymmetric_changes_what_comes_behind_an_error(folder_of: FolderOf, run: Run) -> None:
+    """Nothing has drifted in front of the first linears; in front of the next block, all has."""
+    plain, asymmetric = (
+        load_model(str(run(folder_of("llama"), config, name)))[0]
+        for config, name in ((PAPER, "plain"), (ASYMMETRIC, "asymmetric"))
+    )
+    for name, layer in spqr_linears(plain).items():
+        same = torch.equal(layer.dequantize(), asymmetric.get_submodule(name).dequantize())
+        assert same == name.startswith("model.layers.0."), name
+
+
 def test_rounding_to_nearest_needs_no_text(folder_of: FolderOf, run: Run) -> None:
     out = run(folder_of("llama"), RTN, dataset="there is no such text")
     model, _ = load_model(str(out))
@@ -302,7 +316,7 @@ def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("config", [PAPER, RTN], ids=["spqr", "rtn"])
+@pytest.mark.parametrize("config", [PAPER, ASYMMETRIC, RTN], ids=["spqr", "asymmetric", "rtn"])
 def test_killed_and_continued_is_uninterrupted(
     config: SpqrConfig, four_blocks: Path, run: Run, tmp_path: Path
 ) -> None:
