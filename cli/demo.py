@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spqr_numba.config import SpqrConfig
+from spqr_numba.config import DEFAULT_PRESET, PRESETS
 
 from ._command import Command, echo_table, emit, note
 from ._comparison import baseline_rows, compressed, measure, table
@@ -62,7 +62,7 @@ def _compare(calibration: dict[str, Any]) -> tuple[list[Measurement], str]:
 
     dense, tokenizer = load_model(None)
     windows = {TEXT: _held_out_windows(dense, tokenizer)}
-    config = SpqrConfig()
+    config = PRESETS[DEFAULT_PRESET]
     rows = [measure(dense, windows), *baseline_rows(None, config.bits, windows, calibration)]
     with compressed(None, config, calibration) as (model, _):
         rows.append(measure(model, windows))

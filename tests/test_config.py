@@ -24,14 +24,25 @@ def test_the_defaults_are_the_papers() -> None:
     assert (config.scale_bits, config.zero_bits, config.outlier_threshold) == (3, 3, 0.2)
     assert (config.permutation, config.outlier_search) == ("act-order", "leave-one-out")
     assert (config.fit, config.damping) == ("min-max", 1.0)
-    assert PRESETS["paper"] == config
 
 
-def test_balanced_keeps_to_its_bits() -> None:
-    """3 + 6 / 8 + 64 / (8 * 64) = 3.875 without outliers; about 0.1 % of them make 3.91."""
-    balanced = PRESETS["balanced"]
-    assert balanced.fit == "joint"
-    assert balanced.formula_bits(0.0012) == pytest.approx(3.9134)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("near-lossless", 4 + 6 / 16 + 64 / (16 * 64)),  # 4.4375
+        ("balanced", 3 + 6 / 8 + 64 / (8 * 64)),  # 3.875
+        ("small", 3 + 6 / 32 + 64 / (32 * 64)),  # 3.21875
+    ],
+)
+def test_presets_keep_to_their_bits(name: str, bits: float) -> None:
+    """Without outliers, of which 0.1 % cost 0.032 bits."""
+    assert PRESETS[name].fit == "joint"
+    assert PRESETS[name].formula_bits(0.001) == pytest.approx(bits + 0.032)
+
+
+def test_the_papers_presets_are_its_recipes() -> None:
+    assert PRESETS["paper"] == SpqrConfig()
+    assert PRESETS["paper-4bit"] == SpqrConfig(bits=4, outlier_threshold=0.1)
 
 
 @pytest.mark.parametrize(

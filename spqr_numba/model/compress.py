@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..config import SpqrConfig
+from ..config import DEFAULT_PRESET, PRESETS, SpqrConfig
 from ..errors import DataError
 from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
@@ -74,7 +74,7 @@ class Progress(Protocol):
 def compress(
     model: str | None,
     out: Path | str,
-    config: SpqrConfig,
+    config: SpqrConfig = PRESETS[DEFAULT_PRESET],
     *,
     dataset: str | None = None,
     nsamples: int = 128,
@@ -89,6 +89,7 @@ def compress(
     """Compress a model into the folder `out`, and say how it went.
 
     model        folder, .gguf file, hub name, or None for the bundled model
+    config       settings; what `spqr compress` does without options, if none are given
     dataset      calibration text (calibration.py), None for Python's manual
     nsamples     windows of calibration text
     seqlen       tokens a window; None is the model's context, 2048 at most

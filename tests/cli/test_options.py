@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -33,40 +34,45 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
     return result, configs[0] if configs else None
 
 
+BALANCED = PRESETS["balanced"]
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", SpqrConfig()),
-        ("--preset paper-4bit", PRESETS["paper-4bit"]),
+        ("", BALANCED),
+        ("--preset small", PRESETS["small"]),
+        ("--preset paper", SpqrConfig()),
+        (f"--preset paper {PAPER_COMMAND}", SpqrConfig(bits=4, outlier_threshold=0.1)),
+        (PAPER_COMMAND, SpqrConfig(bits=4, outlier_threshold=0.1, fit="joint", damping=0.1)),
         ("--preset paper-4bit --bits 2", SpqrConfig(bits=2, outlier_threshold=0.1)),
-        (PAPER_COMMAND, SpqrConfig(bits=4, outlier_threshold=0.1)),
-        ("--groupsize -1", SpqrConfig(group_size=None)),
-        ("--group-size row", SpqrConfig(group_size=None)),
-        ("--damping 0", SpqrConfig(damping=0)),
-        ("--percdamp 1e0", SpqrConfig()),
-        ("--outlier-threshold inf", SpqrConfig(outlier_threshold=None)),
-        ("--simplified_outliers", SpqrConfig(outlier_search="simplified")),
-        ("--true-sequential", SpqrConfig(true_sequential=True)),
-        ("--true_sequential", SpqrConfig(true_sequential=True)),
-        ("--asymmetric", SpqrConfig(asymmetric=True)),
-        ("--round-zero", SpqrConfig(round_zero=True)),
-        ("--round_zero 1", SpqrConfig(round_zero=True)),
-        ("--round_zero 0", SpqrConfig()),
-        ("--permutation spearman", SpqrConfig(permutation="spearman")),
-        ("--fit joint", SpqrConfig(fit="joint")),
-        ("--perchannel --skip_out_loss", SpqrConfig()),
-        ("--skip lm --skip head", SpqrConfig(skip=("lm", "head"))),
+        ("--groupsize -1", replace(BALANCED, group_size=None)),
+        ("--group-size row", replace(BALANCED, group_size=None)),
+        ("--damping 0", replace(BALANCED, damping=0)),
+        ("--percdamp 1e0", replace(BALANCED, damping=1.0)),
+        ("--outlier-threshold inf", replace(BALANCED, outlier_threshold=None)),
+        ("--simplified_outliers", replace(BALANCED, outlier_search="simplified")),
+        ("--true-sequential", replace(BALANCED, true_sequential=True)),
+        ("--true_sequential", replace(BALANCED, true_sequential=True)),
+        ("--asymmetric", replace(BALANCED, asymmetric=True)),
+        ("--preset paper --round-zero", SpqrConfig(round_zero=True)),
+        ("--preset paper --round_zero 1", SpqrConfig(round_zero=True)),
+        ("--round_zero 0", BALANCED),
+        ("--permutation spearman", replace(BALANCED, permutation="spearman")),
+        ("--fit min-max", replace(BALANCED, fit="min-max")),
+        ("--perchannel --skip_out_loss", BALANCED),
+        ("--skip lm --skip head", replace(BALANCED, skip=("lm", "head"))),
         (
             "--nearest --wbits 3 --groupsize 16 --scale-bits 16 --zero-bits 16",
-            SpqrConfig.rtn(3, 16),
+            replace(SpqrConfig.rtn(3, 16), stats_group_size=64, damping=0.1),
         ),
         (
-            "--nearest --permutation spearman",
+            "--nearest --permutation spearman --preset paper",
             SpqrConfig(use_hessian=False, outlier_threshold=None, permutation="spearman"),
         ),
         (
             "--on-failed-factorization round-to-nearest",
-            SpqrConfig(on_failed_factorization="round-to-nearest"),
+            replace(BALANCED, on_failed_factorization="round-to-nearest"),
         ),
     ],
 )
@@ -78,7 +84,8 @@ def test_options_become_settings(line: str, expected: SpqrConfig) -> None:
 
 def test_overrides_keep_their_order_and_merge_by_pattern() -> None:
     _, config = run(
-        "--override 'q_(?:a|b):bits=4' --override '.*:round_zero=true,group_size=row'"
+        "--preset paper"
+        " --override 'q_(?:a|b):bits=4' --override '.*:round_zero=true,group_size=row'"
         " --override 'q_(?:a|b):damping=0.5,outlier_threshold=none,permutation=identity'"
     )
     assert config is not None
@@ -123,6 +130,8 @@ def test_usage_errors(line: str, message: str) -> None:
         ("--nearest --outlier-threshold 0.2", "outliers are found by their Hessian-weighted error"),
         ("--nearest --permutation act-order", "act-order sorts by the Hessian's diagonal"),
         ("--nearest --true-sequential", "true_sequential calibrates"),
+        ("--scale-bits 16", "scale_bits is 16, which has none; use 2, 3 or 4, or fit='min-max'"),
+        ("--round-zero", "fit='joint' chooses zeros that round_zero would change"),
         ("--skip '('", "'(' is not a regular expression"),
         ("--override q_proj:width=3", "sets unknown field 'width'"),
         ("--override q_proj:bits=three", "bits is 'three'"),
