@@ -75,7 +75,6 @@ from .unpack import (
 __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
-ONE_BY_ONE = 16  # inputs on a GPU that go through its kernel, which takes one
 GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
@@ -360,19 +359,18 @@ def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | Non
 def multiply_prepared(
     x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`matmul` of a prepared weight: few inputs one by one, many through the decoded weight."""
-    from .matmul_cuda import can_multiply, multiply_one
+    """`matmul` of a prepared weight: few inputs at once, many through the decoded weight."""
+    from .matmul_cuda import can_multiply, multiply_few
 
     inputs = x.reshape(-1, weight.spec.in_features)
-    if x.dtype == torch.float32 or len(inputs) > ONE_BY_ONE or not can_multiply(weight):
+    if not len(inputs) or x.dtype == torch.float32 or not can_multiply(weight, len(inputs)):
         return multiply_stored(x, weight, bias)
     inputs = inputs.detach().contiguous()
     if inputs.data_ptr() % GPU_LOAD_BYTES or inputs.shape[1] % (GPU_LOAD_BYTES // 2):
         inputs = aligned_rows(inputs)
     bias = None if bias is None else bias.detach().to(x.dtype)
     y = x.new_empty(len(inputs), weight.spec.out_features)
-    for row, out in zip(inputs, y, strict=True):
-        multiply_one(row, weight, bias, out)
+    multiply_few(inputs, weight, bias, y)
     return y.view(*x.shape[:-1], -1)
 
 

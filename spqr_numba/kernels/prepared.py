@@ -22,7 +22,8 @@ octets together, which are one *unit*. A tile's unit is one record: its blocks, 
                                                                zero_zero (of groups 2t and 2t + 1)
     target        uint16 [in_features]                         permutation; its inverse
 
-Outliers stay as they are. Rows beyond the last tile's and columns beyond the last unit's are 0.
+The outliers' buffers are in runs.py. Rows beyond the last tile's and columns beyond the last unit's
+are 0.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ import torch
 from ..format.layout import MAX_UINT16_INDICES, MatrixSpec, ceil_div
 from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
+from .runs import TILE_ROWS, from_runs, to_runs
 
 __all__ = ["PreparedMatrix", "can_prepare", "prepare"]
 
-TILE_ROWS = 16
 BLOCK_COLUMNS = 256
 LANES = 32
 QUARTERS = 4
@@ -56,10 +57,8 @@ PLACES_OF_3 = (
     *((0, 0), (1, 0), (2, 0), (0, 15), (0, 3), (1, 3), (2, 3), (0, 9)),
     *((0, 6), (1, 6), (2, 6), (0, 12), (1, 9), (1, 12), (2, 9), (2, 12)),
 )  # the fourth lies elsewhere too
-COPIED_TOGETHER = 8  # outliers: 16 bytes
 STATISTICS = ("scale", "zero")
 SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
-OUTLIERS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
 
 
 def can_prepare(matrix: SpqrMatrix) -> bool:
@@ -122,7 +121,7 @@ class PreparedMatrix:
 
     def canonical(self) -> SpqrMatrix:
         """The buffers as layout.py lists them."""
-        tensors = {name: self[name] for name in OUTLIERS if name in self.tensors}
+        tensors = from_runs(self.spec, self.tensors) if "runs" in self.tensors else {}
         tensors["codes"] = pack_codes(self._codes(), self.spec.bits)
         for name, codes in zip(STATISTICS, self._statistic_codes(), strict=True):
             tensors[f"{name}_codes"] = pack_statistics(codes, self.spec.scale_bits)
@@ -158,7 +157,7 @@ class PreparedMatrix:
 def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
     """Rearrange a weight for which `can_prepare` holds, on the device where it is."""
     spec = matrix.spec
-    tensors = outlier_buffers(matrix)
+    tensors = to_runs(spec, matrix.tensors) if "outlier_values" in matrix.tensors else {}
     prepared = PreparedMatrix(spec, tensors)
     tensors["records"] = torch.cat(
         [code_words(matrix, prepared), stat_words(matrix, prepared)], dim=2
@@ -167,17 +166,6 @@ def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
     if "permutation" in matrix.tensors:
         tensors["target"] = inverse(matrix["permutation"])
     return prepared
-
-
-def outlier_buffers(matrix: SpqrMatrix) -> dict[str, torch.Tensor]:
-    """The sparse part, with room behind its ends: a GPU copies 16 bytes at a time."""
-    tensors = {name: matrix[name] for name in OUTLIERS if name in matrix.tensors}
-    for name in OUTLIERS[1:]:
-        if name in tensors:
-            count = len(tensors[name])
-            with_room = tensors[name].new_zeros(count + COPIED_TOGETHER)
-            tensors[name] = with_room[:count].copy_(tensors[name])
-    return tensors
 
 
 def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:

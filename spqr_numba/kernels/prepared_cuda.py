@@ -25,12 +25,12 @@ from .prepared import (
     OCTET,
     PAIRS,
     QUARTERS,
-    TILE_ROWS,
     UNIT_GROUPS,
     PreparedMatrix,
     octets_and_pairs,
     pair_places,
 )
+from .runs import HALF_MASK, HEADER_WORDS, LOAD_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
 
 __all__ = ["dequantize_stored"]
@@ -43,14 +43,13 @@ BITS = {torch.float32: torch.float32, torch.float16: torch.uint16, torch.bfloat1
 
 
 class Views(NamedTuple):
-    """Arrays over a prepared weight's buffers; without outliers, the last three are empty."""
+    """Arrays over a prepared weight's buffers; without outliers, the last two are empty."""
 
     code_words: Any
     stat_words: Any
     second_level: Any
-    row_offsets: Any
-    columns: Any
-    values: Any
+    runs: Any
+    run_starts: Any
 
 
 def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tensor:
@@ -68,14 +67,12 @@ def views(weight: PreparedMatrix) -> Views:
     """What the kernel reads."""
     halves = weight["second_level"].view(torch.uint16)
     nothing = weight["records"].flatten()[:0]
-    has = "outlier_values" in weight.tensors
     return Views(
         array_of(weight.code_words),
         array_of(weight.stat_words),
         array_of(halves),
-        array_of(weight["outlier_row_offsets"] if has else nothing),
-        array_of(weight["outlier_columns"] if has else nothing.to(torch.uint16)),
-        array_of(weight["outlier_values"].view(torch.uint16) if has else nothing.to(torch.uint16)),
+        array_of(weight.tensors.get("runs", nothing)),
+        array_of(weight.tensors.get("run_starts", nothing)),
     )
 
 
@@ -97,6 +94,25 @@ def dequantize_kernel(bits: int, stat_bits: int, group_size: int, dtype: torch.d
         scale = statistic(weight, tile, unit, row, group, block, 0)
         return scale, statistic(weight, tile, unit, row, group, block, 1)
 
+    @cuda.jit(device=True)
+    def add_outliers(weight, out, tile, unit, thread, stats_tiles):
+        first = unit * columns
+        run = tile * ((out.shape[1] - 1) // SEGMENT_COLUMNS + 1) + first // SEGMENT_COLUMNS
+        start, behind = LOAD_WORDS * weight.run_starts[run], LOAD_WORDS * weight.run_starts[run + 1]
+        end = 0
+        for row in range(TILE_ROWS if start < behind else 0):
+            begin, end = end, weight.runs[start + row // 2] >> row % 2 * HALF & HALF_MASK
+            for at in range(begin + thread, end, THREADS):
+                entry = weight.runs[start + HEADER_WORDS + at]
+                column = (entry & HALF_MASK) - first % SEGMENT_COLUMNS
+                if 0 <= column < columns:
+                    group, k = column // group_size, column % group_size
+                    scale, zero = grid_of(weight, tile, unit, row, group, stats_tiles)
+                    code = np.float32(code_at(weight.code_words, tile, unit, row, group, k))
+                    value = half_to_float(np.uint16(entry >> HALF & HALF_MASK))
+                    total = weight_of(code, scale, zero) + value
+                    out[tile * TILE_ROWS + row, first + column] = converted(total)
+
     @cuda.jit
     def kernel(weight, out, stats_tiles):
         decoded = cuda.shared.array((TILE_ROWS, columns), number)
@@ -114,18 +130,8 @@ def dequantize_kernel(bits: int, stat_bits: int, group_size: int, dtype: torch.d
             if row < rows and column < width:
                 out[row, column] = decoded[at // columns, at % columns]
         cuda.syncthreads()
-        if weight.values.shape[0]:
-            for row in range(min(TILE_ROWS, rows - tile * TILE_ROWS)):
-                begin = weight.row_offsets[tile * TILE_ROWS + row]
-                end = weight.row_offsets[tile * TILE_ROWS + row + 1]
-                for at in range(begin + thread, end, THREADS):
-                    column = np.int32(weight.columns[at]) - first
-                    if 0 <= column < columns:
-                        group, k = column // group_size, column % group_size
-                        scale, zero = grid_of(weight, tile, unit, row, group, stats_tiles)
-                        code = np.float32(code_at(weight.code_words, tile, unit, row, group, k))
-                        total = weight_of(code, scale, zero) + half_to_float(weight.values[at])
-                        out[tile * TILE_ROWS + row, first + column] = converted(total)
+        if weight.runs.shape[0]:
+            add_outliers(weight, out, tile, unit, thread, stats_tiles)
 
     return kernel
 

@@ -63,19 +63,34 @@ class Ptx:
             return value
         return [self.builder.extract_value(value, i) for i in range(len(results))]
 
-    def load_shared(self, address: ir.Value) -> list[ir.Value]:
-        """Four words of shared memory, 16 bytes at an i32 address."""
-        text = "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4]"
-        return self.emit(text, "=r,=r,=r,=r,r", [WORD] * 4, [address], ordered=True)
+    def load_shared(self, address: ir.Value, words: int = 4) -> list[ir.Value]:
+        """1, 2 or 4 words of shared memory, at an i32 address that their size divides."""
+        return self._load_shared(address, words, "u32", "=r", WORD)
 
-    def load_shared_word(self, address: ir.Value) -> ir.Value:
-        """One word of shared memory at an i32 address."""
-        return self.emit("ld.shared.u32 $0, [$1]", "=r,r", [WORD], [address], ordered=True)
+    def load_shared_floats(self, address: ir.Value, count: int) -> list[ir.Value]:
+        """2 or 4 float32 of shared memory, as `load_shared`."""
+        return self._load_shared(address, count, "f32", "=f", FLOAT)
 
-    def load_shared_floats(self, address: ir.Value) -> list[ir.Value]:
-        """Two float32 of shared memory, 8 bytes at an i32 address."""
-        text = "ld.shared.v2.f32 {$0, $1}, [$2]"
-        return self.emit(text, "=f,=f,r", [FLOAT] * 2, [address], ordered=True)
+    def _load_shared(self, address, count, kind, constraint, result) -> list[ir.Value]:
+        wide = f".v{count}" if count > 1 else ""
+        names = ", ".join(f"${i}" for i in range(count))
+        names = f"{{{names}}}" if count > 1 else names
+        text = f"ld.shared{wide}.{kind} {names}, [${count}]"
+        constraints = ",".join([constraint] * count + ["r"])
+        loaded = self.emit(text, constraints, [result] * count, [address], ordered=True)
+        return loaded if count > 1 else [loaded]
+
+    def store_shared_floats(self, address: ir.Value, values: list[ir.Value]) -> None:
+        """2 or 4 float32 to shared memory, at an i32 address that their size divides."""
+        names = ", ".join(f"${i + 1}" for i in range(len(values)))
+        text = f"st.shared.v{len(values)}.f32 [$0], {{{names}}}"
+        constraints = ",".join(["r"] + ["f"] * len(values))
+        self.emit(text, constraints, [], [address, *values], ordered=True)
+
+    def of_quad(self, word: ir.Value, lane: int) -> ir.Value:
+        """The word that a lane of the own four has."""
+        text = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff"
+        return self.emit(text, "=r,r", [WORD], [word], ordered=True)
 
     def masked_or(self, word: ir.Value, mask: int, other: ir.Value) -> ir.Value:
         """word & mask | other, in one instruction."""
@@ -94,15 +109,16 @@ class Ptx:
         )
         return self.emit(text, "=f,=f,r", [FLOAT] * 2, [word])
 
-    def mma(self, sums: list, a: list, b: list, kind: str) -> list[ir.Value]:
-        """sums + A B in float32: A [16, 16] row-major, B [16, 8], sums [16, 8], as lanes hold them
-        for mma.m16n8k16."""
-        text = (
-            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
-            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13}"
-        )
-        constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-        return self.emit(text, constraints, [FLOAT] * 4, [*a, *b, *sums])
+    def mma(self, sums: list, a: list, b: list) -> list[ir.Value]:
+        """sums + A B in float32 of fp16 A [16, k], row-major, and B [k, 8], as the lanes hold them
+        for mma.m16n8k8 or m16n8k16: two or four words of A."""
+        kind = f"mma.sync.aligned.m16n8k{4 * len(a)}.row.col.f32.f16.f16.f32"
+        names = iter(f"${i}" for i in range(4 + len(a) + len(b) + 4))
+        groups = [[next(names) for _ in part] for part in (sums, a, b, sums)]
+        operands = ", ".join("{" + ", ".join(group) + "}" for group in groups)
+        constraints = ["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4
+        results = [FLOAT] * 4
+        return self.emit(f"{kind} {operands}", ",".join(constraints), results, [*a, *b, *sums])
 
 
 # --- For kernels: memory, barriers, the copy engine
@@ -124,6 +140,9 @@ def _loader(name: str, instruction: str, constraint: str, result: Any, llvm: Any
 
 load_int32 = _loader(
     "load_int32", "ld.global.nc.b32 $0, [$1]", "=r", types.int32, WORD, "int32 at an address."
+)
+load_float = _loader(
+    "load_float", "ld.global.f32 $0, [$1]", "=f", types.float32, FLOAT, "float32 at an address."
 )
 load_uint16 = _loader(
     "load_uint16",
@@ -151,21 +170,10 @@ def load_words(typingctx, address):
     return result(types.int64), codegen
 
 
-@intrinsic
-def store_uint16(typingctx, address, value):
-    """uint16 to an address."""
-
-    def codegen(context, builder, signature, arguments):
-        Ptx(builder).emit("st.global.b16 [$0], $1", "l,h", [], arguments, ordered=True)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.uint16), codegen
-
-
 def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
     """An intrinsic without a result, that nothing may move across."""
     signature_of = types.none(*arguments)
-    letters = {types.int32: "r", types.int64: "l"}
+    letters = {types.uint16: "h", types.int32: "r", types.int64: "l", types.float32: "f"}
     constraints = ",".join([letters[argument] for argument in arguments] + ["~{memory}"])
 
     def codegen(context, builder, signature, values):
@@ -182,6 +190,18 @@ def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -
     return intrinsic(scope[name])
 
 
+store_uint16 = _effect(
+    "store_uint16",
+    "st.global.b16 [$0], $1",
+    (types.int64, types.uint16),
+    "Two bytes to an address.",
+)
+store_int32 = _effect(
+    "store_int32", "st.global.b32 [$0], $1", (types.int64, types.int32), "int32 to an address."
+)
+store_float = _effect(
+    "store_float", "st.global.f32 [$0], $1", (types.int64, types.float32), "float32 to an address."
+)
 wait_for_dependencies = _effect(
     "wait_for_dependencies",
     "griddepcontrol.wait",

@@ -1,4 +1,6 @@
-"""What a warp does with a unit of a prepared weight (prepared.py): 16 rows, 32 groups, one input.
+"""What a warp does with a unit of a prepared weight (prepared.py): 16 rows, 32 groups.
+
+Here with one input; unit_several_cuda.py has what eight or sixteen inputs do otherwise.
 
 The multiply-adds are the tensor cores': mma.m16n8k16 multiplies codes [16 rows, 16] by x' [16, 8].
 The four lanes of a row's quad hold codes of eight groups, so the eight columns of the second
@@ -8,9 +10,8 @@ the four scales and zeros that belong to them::
 
     total[row] += scale * (sums[row, group] - zero * X[group])        X: the sum of x' over a group
 
-A code needs no conversion: masked out of its word it is a subnormal half, code * 2^(place - 24),
-which tensor cores multiply exactly. Sums of codes at other places are kept apart and scaled as they
-are put together; the 2^-24 stays in (X is given in the same unit) until the very end.
+Codes are subnormal halves (codes_cuda.py). Sums of codes at other places are kept apart and scaled
+as they are put together; the 2^-24 stays in (X is given in the same unit) until the very end.
 """
 
 from __future__ import annotations
@@ -20,31 +21,27 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .prepared import (
-    BLOCK_COLUMNS,
-    LANES,
-    MANTISSA_BITS,
-    OCTET,
-    PAIRS,
-    QUARTERS,
-    UNIT_GROUPS,
-    UNIT_OCTETS,
-    pair_places,
-    shift_and_place,
-)
+from .codes_cuda import SUBNORMAL_UNIT, code_place, exact_codes, masked_codes
+from .prepared import BLOCK_COLUMNS, LANES, OCTET, QUARTERS, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import Ptx, f32, i32
 
-__all__ = ["HALF_BYTES", "SUBNORMAL_UNIT", "UnitSpec", "group_summer", "unit_multiplier"]
+__all__ = [
+    "HALF_BYTES",
+    "LOAD_BYTES",
+    "Unit",
+    "UnitOfOne",
+    "UnitSpec",
+    "add_to_shared",
+    "group_summer",
+    "unit_multiplier",
+]
 
 HALF_BYTES = 2
 LOAD_BYTES = 16
-MAGIC = 0x64006400  # two halves of 2^MANTISSA_BITS, whose last bit is worth 1
-SUBNORMAL_UNIT = 2.0**-24  # what the last bit of a half is worth by itself
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,12 @@ class UnitSpec:
     bits: int
     stat_bits: int
     group_size: int
+    inputs: int = 1
+
+    @property
+    def totals(self) -> int:
+        """Of a lane."""
+        return 2 if self.inputs == 1 else self.inputs // 2
 
     @property
     def octets(self) -> int:
@@ -107,57 +110,49 @@ class UnitSpec:
 
 
 @cache
-def unit_multiplier(spec: UnitSpec) -> Any:
-    """multiply(unit, low, low_step, high, high_step, x_sums, total_low, total_high) -> totals.
+def unit_multiplier(spec: UnitSpec, kind: type[Unit]) -> Any:
+    """multiply(places, totals) -> totals, grown by what a unit gives.
 
-    The totals are float32, of rows g and g + 8 and the lane's groups. All others are shared
-    addresses, int32: of the unit's bytes; low, high: of x' for the operand's first and second
-    register, in the unit's first octet, and the steps from octet to octet; x_sums: of X of the
-    group 2t there. `lane` is the thread's place in its warp.
+    places: int32 tuple, what Unit and after it the `kind` of unit begin with; totals: float32
+    tuple.
     """
 
     @intrinsic
-    def multiply(
-        typingctx, unit, lane, low, low_step, high, high_step, x_sums, total_low, total_high
-    ):
-        result = types.UniTuple(types.float32, 2)
-
+    def multiply(typingctx, places, totals):
         def codegen(context, builder, signature, arguments):
-            totals = Unit(Ptx(builder), spec, *arguments[:7]).add_to(list(arguments[7:]))
-            value = ir.Constant(context.get_value_type(result), ir.Undefined)
-            for i, total in enumerate(totals):
+            places, totals = (unpacked(builder, value) for value in arguments)
+            grown = kind(Ptx(builder), spec, *places).add_to(totals)
+            value = ir.Constant(arguments[1].type, ir.Undefined)
+            for i, total in enumerate(grown):
                 value = builder.insert_value(value, total, i)
             return value
 
-        return result(*(types.int32,) * 7, *(types.float32,) * 2), codegen
+        return totals(places, totals), codegen
 
     return multiply
 
 
-class Unit:
-    """Writes the instructions of one unit's product."""
+def unpacked(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
+    """The members of a tuple."""
+    return [builder.extract_value(value, i) for i in range(len(value.type))]
 
-    def __init__(
-        self,
-        ptx: Ptx,
-        spec: UnitSpec,
-        unit: ir.Value,
-        lane: ir.Value,
-        low: ir.Value,
-        low_step: ir.Value,
-        high: ir.Value,
-        high_step: ir.Value,
-        x_sums: ir.Value,
-    ) -> None:
+
+class Unit:
+    """Writes the instructions of one unit's product; what is the same for any number of inputs."""
+
+    def __init__(self, ptx: Ptx, spec: UnitSpec, unit: ir.Value, lane: ir.Value) -> None:
+        """unit: shared address of its bytes, lane: the thread's place in its warp, both i32."""
         self.ptx, self.spec, self.builder = ptx, spec, ptx.builder
-        self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
+        self.unit, self.lane = unit, lane
+        self.in_quad = self.builder.and_(lane, i32(3))
         statistics = spec.blocks * spec.block_bytes
-        self.statistics = self.at(self.builder.add(unit, self.times(lane, 4)), statistics)
-        in_quad = self.builder.and_(lane, i32(3))
-        second = self.builder.add(unit, self.times(in_quad, LOAD_BYTES))
+        own = self.at(self.builder.add(unit, self.times(lane, 4)), statistics)
+        self.words = [
+            self.ptx.load_shared(self.at(own, word * LANES * 4), 1)[0]
+            for word in range(spec.stat_bits)
+        ]
+        second = self.builder.add(unit, self.times(self.in_quad, LOAD_BYTES))
         self.second = self.at(second, statistics + spec.stat_bytes)
-        self.inputs = (low, low_step), (high, high_step)
-        self.x_sums = x_sums
 
     def at(self, address: ir.Value, distance: int) -> ir.Value:
         """address + distance."""
@@ -168,20 +163,55 @@ class Unit:
         return self.builder.mul(value, i32(factor))
 
     def add_to(self, totals: list[ir.Value]) -> list[ir.Value]:
-        """The totals of rows g and g + 8, with this unit's products added."""
-        words = [
-            self.ptx.load_shared_word(self.at(self.statistics, word * LANES * 4))
-            for word in range(self.spec.stat_bits)
-        ]
+        """The totals with this unit's products added."""
         for block in range(self.spec.blocks):
-            for i, sums in enumerate(self.block_sums(block)):
-                octet = block * self.spec.octets + i
-                codes = exact_codes(self.ptx, words, range(4 * octet, 4 * octet + 4))
-                totals = self.scaled(totals, sums, codes, octet)
+            totals = self.add_block(totals, block)
+        return totals
+
+    def add_block(self, totals: list[ir.Value], block: int) -> list[ir.Value]:
+        """The totals with a block's products added."""
+        raise NotImplementedError
+
+    def decoded(self, octet: int) -> list[tuple[ir.Value, ir.Value]]:
+        """Scales and zeros of rows g and g + 8: halves, of the groups 2t and 2t + 1."""
+        codes = exact_codes(self.ptx, self.words, range(4 * octet, 4 * octet + 4))
+        second = self.ptx.load_shared(self.at(self.second, 4 * LOAD_BYTES * octet))
+        return [
+            (
+                self.ptx.fma_halves(scale, second[0], second[1]),
+                self.ptx.fma_halves(zero, second[2], second[3]),
+            )
+            for scale, zero in (codes[:2], codes[2:])
+        ]
+
+    def grown(
+        self, total: ir.Value, scale: ir.Value, value: ir.Value, zero: ir.Value, x_sum: ir.Value
+    ) -> ir.Value:
+        """total + scale * (value - zero * x_sum)."""
+        minus = self.builder.fsub(f32(-0.0), zero)
+        return self.builder.fma(scale, self.builder.fma(minus, x_sum, value), total)
+
+
+class UnitOfOne(Unit):
+    """A unit and one input; two totals, of rows g and g + 8 and the lane's groups."""
+
+    def __init__(self, ptx, spec, unit, lane, low, low_step, high, high_step, x_sums) -> None:
+        """low, high: of x' for the operand's first and second register, in the unit's first octet,
+        and the steps from octet to octet; x_sums: of X of the group 2t there."""
+        super().__init__(ptx, spec, unit, lane)
+        self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
+        self.inputs = (low, low_step), (high, high_step)
+        self.x_sums = x_sums
+
+    def add_block(self, totals: list[ir.Value], block: int) -> list[ir.Value]:
+        """Octet by octet."""
+        for i, sums in enumerate(self.block_sums(block)):
+            totals = self.scaled(totals, sums, block * self.spec.octets + i)
         return totals
 
     def block_sums(self, block: int) -> list[list[ir.Value]]:
-        """The sums of code * x' of each octet of a block, in units of SUBNORMAL_UNIT."""
+        """The sums of code * x' in units of SUBNORMAL_UNIT, four of each octet: of row g and of row
+        g + 8, the groups 2t and 2t + 1."""
         spec = self.spec
         loaded = [
             self.ptx.load_shared(
@@ -203,7 +233,7 @@ class Unit:
                 octet, pair = divmod(operand, spec.pairs)
                 b = [part[(first + pair) % 4] for part in inputs[octet]]
                 a = pairs[4 * operand : 4 * operand + 4]
-                chains[operand] = self.ptx.mma(chains[operand], a, b, "f16")
+                chains[operand] = self.ptx.mma(chains[operand], a, b)
         return [
             self.joined(chains, range(octet * spec.pairs, (octet + 1) * spec.pairs))
             for octet in range(spec.octets)
@@ -233,22 +263,15 @@ class Unit:
             for start, step in self.inputs
         ]
 
-    def scaled(
-        self, totals: list[ir.Value], sums: list[ir.Value], codes: list[ir.Value], octet: int
-    ) -> list[ir.Value]:
-        """totals + scale * (sums - zero * X) over the lane's two groups of an octet, both rows."""
-        ptx, builder = self.ptx, self.builder
-        second = ptx.load_shared(self.at(self.second, 4 * LOAD_BYTES * octet))
-        x_sums = ptx.load_shared_floats(self.at(self.x_sums, 4 * OCTET * octet))
+    def scaled(self, totals: list[ir.Value], sums: list[ir.Value], octet: int) -> list[ir.Value]:
+        """totals + scale * (sums - zero * X) over the lane's two groups of an octet."""
+        x_sums = self.ptx.load_shared_floats(self.at(self.x_sums, 4 * OCTET * octet), 2)
         grown = []
-        for row, total in enumerate(totals):
-            scale, zero = codes[2 * row : 2 * row + 2]
-            scales = ptx.floats(ptx.fma_halves(scale, second[0], second[1]))
-            zeros = ptx.floats(ptx.fma_halves(zero, second[2], second[3]))
+        for row, words in enumerate(self.decoded(octet)):
+            total, (scales, zeros) = totals[row], (self.ptx.floats(word) for word in words)
             for group in range(2):
-                minus = builder.fsub(f32(-0.0), zeros[group])
-                centred = builder.fma(minus, x_sums[group], sums[2 * row + group])
-                total = builder.fma(scales[group], centred, total)
+                value = sums[2 * row + group]
+                total = self.grown(total, scales[group], value, zeros[group], x_sums[group])
             grown.append(total)
         return grown
 
@@ -277,83 +300,22 @@ def group_sum(ptx: Ptx, address: ir.Value, group_size: int) -> ir.Value:
     return ptx.builder.fmul(total, f32(SUBNORMAL_UNIT))
 
 
-# --- Codes out of words
+@intrinsic
+def add_to_shared(typingctx, address, totals):
+    """Add 2 or 4k float32 to shared memory, at an int32 address that their size or 16 divides."""
+
+    def codegen(context, builder, signature, arguments):
+        add_floats(Ptx(builder), arguments[0], unpacked(builder, arguments[1]))
+        return context.get_dummy_value()
+
+    return types.none(address, totals), codegen
 
 
-def masked_codes(ptx: Ptx, words: list[ir.Value]) -> list[ir.Value]:
-    """Sixteen pairs of codes, as subnormal halves; `code_place` says how large they came out."""
-    word_of = Shifted(ptx, words)
-    pairs = []
-    for pair in range(PAIRS):
-        value = None
-        for word, places, mask in fields(len(words), pair):
-            moved = word_of(word, places)
-            if value is None:
-                value = ptx.builder.and_(moved, i32(mask))
-            else:
-                value = ptx.masked_or(moved, mask, value)
-        pairs.append(value)
-    return pairs
-
-
-def exact_codes(ptx: Ptx, words: list[ir.Value], which: Iterable[int]) -> list[ir.Value]:
-    """Some of the pairs, as halves of the codes' values.
-
-    A code in the last bits of 2^MANTISSA_BITS adds its value to it; one multiply-add takes the
-    power away, and the code's place.
-    """
-    bits, word_of, pairs = len(words), Shifted(ptx, words), []
-    for pair in which:
-        value: ir.Value = i32(MAGIC)
-        for word, places, mask in fields(bits, pair):
-            value = ptx.masked_or(word_of(word, places), mask, value)
-        operand, register = divmod(pair, 4)
-        place = code_place(bits, operand, row=register % 2)
-        factor, minus = 2.0**-place, -(2.0 ** (MANTISSA_BITS - place))
-        pairs.append(ptx.fma_halves(value, both(factor), both(minus)))
-    return pairs
-
-
-class Shifted:
-    """Words moved to the right, each distance once."""
-
-    def __init__(self, ptx: Ptx, words: list[ir.Value]) -> None:
-        self.ptx, self.words = ptx, words
-        self.known: dict[tuple[int, int], ir.Value] = {}
-
-    def __call__(self, word: int, places: int) -> ir.Value:
-        """A word moved by so many places."""
-        if not places:
-            return self.words[word]
-        if (word, places) not in self.known:
-            self.known[word, places] = self.ptx.builder.lshr(self.words[word], i32(places))
-        return self.known[word, places]
-
-
-def fields(bits: int, pair: int) -> list[tuple[int, int, int]]:
-    """(word, how far it moves to the right, mask of both halves) of a pair's one or more parts."""
-    found = []
-    for word, shift, part, width in pair_places(bits, pair):
-        if width < bits:
-            places, place = shift - part, part
-        else:
-            places, place = shift_and_place(bits, shift)
-        mask = ((1 << width) - 1) << place
-        found.append((word, places, mask | mask << 16))
-    return found
-
-
-def code_place(bits: int, operand: int, row: int) -> int:
-    """The bit at which the codes of row g (0) or g + 8 (1) begin in an operand's halves."""
-    places = set()
-    for register in (row, row + 2):
-        for _, shift, _, width in pair_places(bits, 4 * operand + register):
-            places.add(0 if width < bits else shift_and_place(bits, shift)[1])
-    [place] = places
-    return place
-
-
-def both(value: float) -> ir.Constant:
-    """A word whose halves are `value`."""
-    bits = int(np.float16(value).view(np.uint16))
-    return i32(bits | bits << 16)
+def add_floats(ptx: Ptx, address: ir.Value, values: list[ir.Value]) -> None:
+    """What `add_to_shared` does."""
+    at_once = min(len(values), 4)
+    for first in range(0, len(values), at_once):
+        place = ptx.builder.add(address, i32(4 * first))
+        there = ptx.load_shared_floats(place, at_once)
+        some = zip(there, values[first : first + at_once], strict=True)
+        ptx.store_shared_floats(place, [ptx.builder.fadd(*pair) for pair in some])

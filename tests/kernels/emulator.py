@@ -25,6 +25,7 @@ import pytest
 __all__ = ["emulated"]
 
 PACKAGE = "spqr_numba.kernels."
+KERNELS = ("stream_cuda", "staging_cuda", "product_cuda", "matmul_cuda")  # that `jit` sees
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
 MULTIPROCESSORS = 1
 LANES = 32
@@ -46,9 +47,11 @@ def emulated(arrival: str) -> Iterator[ModuleType]:
         patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
         stream = SimpleNamespace(cuda_stream=0)
         patch.setattr("torch.cuda.current_stream", lambda device: stream)
-        patch.delitem(sys.modules, PACKAGE + "matmul_cuda", raising=False)
-        yield importlib.import_module(PACKAGE + "matmul_cuda")
-        del sys.modules[PACKAGE + "matmul_cuda"]
+        for room in KERNELS:
+            patch.delitem(sys.modules, PACKAGE + room, raising=False)
+        yield importlib.import_module(PACKAGE + KERNELS[-1])
+        for room in KERNELS:
+            del sys.modules[PACKAGE + room]
 
 
 def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
@@ -56,6 +59,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
     nothing = dict.fromkeys(
         ("prefetch", "wait_for_dependencies", "let_dependents_start"), lambda *_: None
     )
+    constants = {"i32": lambda value: WORD(value & 0xFFFFFFFF), "f32": FLOAT}
     return {
         "launch": {
             "numba_cuda": lambda: Cuda,
@@ -65,10 +69,13 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         "ptx": nothing
         | {
             "shared_address": lambda array: np.int32(0),
-            "load_int32": lambda address: np.int32(ctypes.c_int32.from_address(int(address)).value),
+            "load_int32": lambda address: read(address, ctypes.c_int32, np.int32),
             "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
+            "load_float": lambda address: read(address, ctypes.c_float, FLOAT),
             "load_words": load_words,
-            "store_uint16": store_uint16,
+            "store_uint16": partial(write, ctypes.c_uint16, int),
+            "store_int32": partial(write, ctypes.c_int32, int),
+            "store_float": partial(write, ctypes.c_float, float),
             "copier": partial(copier, late),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
@@ -80,12 +87,14 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "float_to_bfloat": float_to_bfloat,
             "power_of_two": lambda exponent: FLOAT(2.0 ** int(exponent)),
         },
-        "unit_cuda": {
-            "i32": lambda value: WORD(value & 0xFFFFFFFF),
-            "f32": FLOAT,
+        "unit_cuda": constants
+        | {
             "unit_multiplier": unit_multiplier,
             "group_summer": group_summer,
+            "add_to_shared": add_to_shared,
         },
+        "unit_several_cuda": constants,
+        "codes_cuda": {"i32": constants["i32"]},
     }
 
 
@@ -230,9 +239,9 @@ def load_words(address: int) -> tuple[Any, ...]:
     return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
 
 
-def store_uint16(address: int, value: Any) -> None:
-    """Two bytes."""
-    ctypes.c_uint16.from_address(int(address)).value = int(value)
+def write(kind: Any, number: Any, address: int, value: Any) -> None:
+    """A number to an address."""
+    kind.from_address(int(address)).value = number(value)
 
 
 def copier(late: bool, *distances: int) -> Callable[[Any, Any], None]:
@@ -277,30 +286,35 @@ def float_to_bfloat(value: Any) -> Any:
 # --- Instructions, on arrays of 32 lanes
 
 
-def unit_multiplier(spec: Any) -> Callable[..., Any]:
-    """unit_cuda.unit_multiplier: its Unit, written onto lanes."""
-    from spqr_numba.kernels.unit_cuda import Unit
+def unit_multiplier(spec: Any, kind: Any) -> Callable[..., Any]:
+    """unit_cuda.unit_multiplier: a kind of unit, written onto lanes."""
 
     def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
-        columns = [np.array(column) for column in zip(*given, strict=True)]
-        addresses = [column.astype(WORD) for column in columns[:7]]
-        totals = [column.astype(FLOAT) for column in columns[7:]]
+        places, totals = (np.array(part).T for part in zip(*given, strict=True))
         with np.errstate(all="ignore"):
-            totals = Unit(Instructions(memory), spec, *addresses).add_to(totals)
-        return list(zip(*totals, strict=True))
+            unit = kind(Instructions(memory), spec, *places.astype(WORD))
+            grown = unit.add_to(list(totals.astype(FLOAT)))
+        return list(zip(*grown, strict=True))
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 
 
 def group_summer(group_size: int) -> Callable[[Any], Any]:
-    """unit_cuda.group_summer: of one lane."""
+    """unit_cuda.group_summer, of one lane."""
     from spqr_numba.kernels.unit_cuda import group_sum
 
     def run(address: Any) -> Any:
-        where = np.array([address]).astype(WORD)
-        return group_sum(Instructions(here.block.memory), where, group_size)[0]
+        return group_sum(Instructions(here.block.memory), np.array([address], WORD), group_size)[0]
 
     return run
+
+
+def add_to_shared(address: Any, totals: Any) -> None:
+    """unit_cuda.add_to_shared, of one lane."""
+    from spqr_numba.kernels.unit_cuda import add_floats
+
+    values = [np.array([total]) for total in totals]
+    add_floats(Instructions(here.block.memory), np.array([address], WORD), values)
 
 
 class Instructions:
@@ -324,17 +338,23 @@ class Instructions:
         numbers = self.memory[: len(self.memory) // 8 * 8].view(dtype)
         return [numbers[address // 4 + i] for i in range(count)]
 
-    def load_shared(self, address: np.ndarray) -> list[np.ndarray]:
-        """Four words."""
-        return self.shared(address, 4, WORD)
+    def load_shared(self, address: np.ndarray, words: int = 4) -> list[np.ndarray]:
+        """Some words."""
+        return self.shared(address, words, WORD)
 
-    def load_shared_word(self, address: np.ndarray) -> np.ndarray:
-        """One word."""
-        return self.shared(address, 1, WORD)[0]
+    def load_shared_floats(self, address: np.ndarray, count: int) -> list[np.ndarray]:
+        """Some float32."""
+        return self.shared(address, count, FLOAT)
 
-    def load_shared_floats(self, address: np.ndarray) -> list[np.ndarray]:
-        """Two float32."""
-        return self.shared(address, 2, FLOAT)
+    def store_shared_floats(self, address: np.ndarray, values: list[np.ndarray]) -> None:
+        """Some float32."""
+        assert (address % (4 * len(values)) == 0).all()
+        for i, value in enumerate(values):
+            self.memory[: len(self.memory) // 8 * 8].view(FLOAT)[address // 4 + i] = value
+
+    def of_quad(self, word: np.ndarray, lane: int) -> np.ndarray:
+        """The word of a lane of each four."""
+        return word.reshape(-1, 4)[:, lane].repeat(4)
 
     def masked_or(self, word: np.ndarray, mask: int, other: np.ndarray) -> np.ndarray:
         """word & mask | other."""
@@ -349,13 +369,13 @@ class Instructions:
         """Both halves."""
         return list(halves(word).astype(FLOAT).T)
 
-    def mma(self, sums: list, a: list, b: list, kind: str) -> list[np.ndarray]:
-        """mma.m16n8k16, by the fragment tables of the PTX manual (row-major A, column-major B)."""
-        left = np.stack([halves(word) for word in a]).astype(np.float64)
+    def mma(self, sums: list, a: list, b: list) -> list[np.ndarray]:
+        """mma.m16n8k16 or m16n8k8, by the fragment tables of the PTX manual."""
+        left = np.stack([halves(word) for word in np.broadcast_arrays(*a)]).astype(np.float64)
         right = np.stack([halves(word) for word in b]).astype(np.float64)
-        # lane = 4 g + t; A: [half of k, half of rows, g, t, pair]; B: [half of k, n, t, pair]
-        rows = left.reshape(2, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, 16)
-        columns = right.reshape(2, 8, 4, 2).transpose(0, 2, 3, 1).reshape(16, 8)
+        # lane = 4 g + t; A: [eight of k, half of rows, g, t, pair]; B: [eight of k, n, t, pair]
+        rows = left.reshape(-1, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, -1)
+        columns = right.reshape(-1, 8, 4, 2).transpose(0, 2, 3, 1).reshape(-1, 8)
         product = (rows @ columns).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, LANES)
         return [FLOAT(total + more) for total, more in zip(sums, product, strict=True)]
 

@@ -130,62 +130,98 @@ def test_same_bits_twice_and_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "arrival"),
+    ("name", "batch", "dtype", "arrival"),
     [
-        ("ragged", torch.bfloat16, "late"),
-        ("no whole load", torch.float16, "early"),
-        ("one column", torch.float16, "late"),
-        ("no outliers", torch.float16, "late"),
-        ("in order", torch.float16, "early"),
-        ("all outliers in one row", torch.float16, "late"),
-        ("4 bit", torch.bfloat16, "early"),
-        ("2 bit", torch.float16, "late"),
-        ("many units", torch.float16, "late"),
-        ("many units", torch.float16, "early"),
+        ("ragged", 1, torch.bfloat16, "late"),
+        ("no whole load", 1, torch.float16, "early"),
+        ("one column", 1, torch.float16, "late"),
+        ("no outliers", 1, torch.float16, "late"),
+        ("in order", 1, torch.float16, "early"),
+        ("all outliers in one row", 1, torch.float16, "late"),
+        ("4 bit", 1, torch.bfloat16, "early"),
+        ("2 bit", 1, torch.float16, "late"),
+        ("many units", 1, torch.float16, "late"),
+        ("many units", 1, torch.float16, "early"),
+        ("ragged", 3, torch.bfloat16, "late"),
+        ("no whole load", 8, torch.float16, "early"),
+        ("4 bit", 11, torch.bfloat16, "late"),
+        ("2 bit", 2, torch.float16, "late"),
+        ("all outliers in one row", 2, torch.float16, "late"),
+        ("many units", 5, torch.float16, "late"),
+        ("many units", 16, torch.float16, "early"),
     ],
     ids=str,
 )
-def test_emulated(name: str, dtype: torch.dtype, arrival: str) -> None:
+def test_emulated(name: str, batch: int, dtype: torch.dtype, arrival: str) -> None:
     matrix = build(name)
-    x = make_x(1, matrix.spec.in_features, dtype=dtype)
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
     with emulated(arrival):
         y = multiply_prepared(x, prepare(matrix), None)
     assert_right(y, x, matrix)
 
 
+OLD, NEW = (8, 0), (9, 0)
+
+
 @needs_numba_cuda
-@each_capability
 @pytest.mark.parametrize(
-    ("bits", "group_size", "dtype"),
+    ("bits", "group_size", "inputs", "dtype", "capability"),
     [
-        (3, 16, torch.float16),
-        (3, 16, torch.bfloat16),
-        (2, 16, torch.float16),
-        (4, 16, torch.bfloat16),
-        (3, 8, torch.float16),
+        (3, 16, 1, torch.float16, OLD),
+        (3, 16, 1, torch.bfloat16, NEW),
+        (2, 16, 1, torch.float16, OLD),
+        (4, 16, 1, torch.bfloat16, NEW),
+        (3, 8, 1, torch.float16, NEW),
+        (3, 16, 8, torch.bfloat16, OLD),
+        (3, 16, 8, torch.float16, NEW),
+        (2, 16, 8, torch.float16, NEW),
+        (4, 16, 16, torch.float16, OLD),
+        (3, 8, 16, torch.float16, NEW),
     ],
     ids=str,
 )
 def test_ptx(
     bits: int,
     group_size: int,
+    inputs: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
     tmp_path: Path,
 ) -> None:
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
-    from spqr_numba.kernels.matmul_cuda import SIGNATURE, KernelSpec, product_kernel
+    from spqr_numba.kernels.matmul_cuda import WARPS
+    from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
+    from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    unit = UnitSpec(bits, bits, group_size)
-    kernel = product_kernel.__wrapped__(KernelSpec(unit, dtype, 2, capability[0] >= 9))
+    unit = UnitSpec(bits, bits, group_size, inputs)
+    spec = KernelSpec(unit, dtype, WARPS[inputs][0], 2, capability[0] >= 9)
+    kernel = product_kernel.__wrapped__(spec)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
-    products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*f32\.f16\.f16\.f32", ptx))
-    assert products == 2 * group_size  # one for 16 rows and 16 columns of a unit
+    depth = 16 if inputs == 1 else group_size
+    products = len(re.findall(rf"mma\.sync\.aligned\.m16n8k{depth}\S*f32\.f16\.f16\.f32", ptx))
+    assert products == unit.columns // depth * max(1, inputs // 8)
     assert "cp.async.cg.shared.global" in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability[0] >= 9)
     assert_no_spills(ptx, capability, tmp_path)
+
+
+@needs_numba_cuda
+@each_capability
+def test_ptx_of_staging(capability: tuple[int, int], tmp_path: Path) -> None:
+    """No float64, nothing in local memory, no spills."""
+    from spqr_numba.kernels.staging_cuda import STAGING, staging_kernel
+    from spqr_numba.kernels.stream_cuda import KernelSpec
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    unit = UnitSpec(3, 3, 16, 8)
+    spec = KernelSpec(unit, torch.bfloat16, 16, 1, capability[0] >= 9)
+    kernel = staging_kernel.__wrapped__(spec)
+    bounds = kernel.targetoptions["launch_bounds"]
+    assert_no_spills(
+        ptx_of(kernel, STAGING, capability, launch_bounds=bounds), capability, tmp_path
+    )
 
 
 def assert_no_spills(ptx: str, capability: tuple[int, int], folder: Path) -> None:

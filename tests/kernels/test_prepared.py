@@ -33,7 +33,7 @@ def test_canonical_undoes_prepare(name: str, device: torch.device) -> None:
 
 def test_whole_tiles_take_no_more_bytes() -> None:
     matrix = random_matrix(make_spec(32, 512), 5)
-    assert prepare(matrix).nbytes == matrix.nbytes
+    assert prepare(matrix).nbytes <= matrix.nbytes
 
 
 def test_without_outliers_and_permutation() -> None:

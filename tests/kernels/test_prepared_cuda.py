@@ -97,8 +97,7 @@ def test_ptx(dtype: torch.dtype, capability: tuple[int, int]) -> None:
             (types.int32, 4),
             (types.uint16, 5),
             (types.int32, 1),
-            (types.uint16, 1),
-            (types.uint16, 1),
+            (types.int32, 1),
         )
     ]
     written = types.float32 if dtype == torch.float32 else types.uint16

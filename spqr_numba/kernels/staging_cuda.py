@@ -1,0 +1,191 @@
+"""The inputs of a product as a GPU multiplies them: permuted, as fp16, beside the sums over groups.
+
+    x'  fp16     [columns, padded to units]    of a bf16 input: over a power of two
+    X   float32  [groups]                      in units of 2^-24
+
+A block of threads stages one input in its shared memory. For one input each block of the product
+does so for itself; for several the kernel here does it once, into global memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import types
+
+from .launch import numba_cuda
+from .prepared import LANES, UNIT_GROUPS
+from .ptx import (
+    let_dependents_start,
+    load_uint16,
+    load_words,
+    shared_address,
+    store_float,
+    store_int32,
+    wait_for_dependencies,
+)
+from .scalars import bfloat_to_float, float_to_half, power_of_two
+from .stream_cuda import KernelSpec, Weight
+from .unit_cuda import HALF_BYTES, group_summer
+
+__all__ = ["STAGING", "WEIGHT", "ZERO_HALVES", "staging_function", "staging_kernel"]
+
+cuda = numba_cuda()
+
+ZERO_HALVES = 16  # before x': what lanes read that multiply nothing
+ALL = 0xFFFFFFFF  # lanes
+EXPONENT_BIAS = 127
+LARGEST_EXPONENT = 14  # of the staged x of a bf16 input
+MOST_EXPONENT = 100
+int32: Any = np.int32
+
+WEIGHT = types.NamedTuple([types.int64] * 5 + [types.int32] * 6, Weight)
+STAGING = (
+    WEIGHT,
+    types.int64,
+    types.int32,
+    types.int32,
+    *(types.int64,) * 3,
+)
+"""The signature of `staging_kernel`'s kernel."""
+
+
+@cache
+def staging_kernel(spec: KernelSpec) -> Any:
+    """kernel(weight, x, step, count, staged, sums, factors), a block for each input.
+
+    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. It goes to the
+    addresses of x' [inputs, columns padded to units], of X [groups of the units, inputs], and of
+    float32 [inputs], what to multiply results with. Inputs from `count` on are zero.
+    """
+    threads, early, unit_columns = spec.threads, spec.early, spec.unit.columns
+    inputs, group_bytes = spec.unit.inputs, HALF_BYTES * spec.unit.group_size
+    stage, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
+
+    @cuda.jit(launch_bounds=(threads, 1))
+    def kernel(weight, x, step, count, staged_out, sums_out, factors_out):
+        staged = cuda.shared.array(0, np.uint16)
+        words = cuda.shared.array(0, np.int32)
+        thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+        columns = int32(weight.units * unit_columns)
+        if early:
+            wait_for_dependencies()
+            let_dependents_start()
+        factor = np.float32(1)
+        if own < count:
+            factor = stage(weight, x + np.int64(own) * step, thread, staged)
+        else:
+            for i in range(thread, ZERO_HALVES + columns, threads):
+                staged[i] = 0
+            cuda.syncthreads()
+        out = staged_out + np.int64(own) * columns * HALF_BYTES
+        for i in range(thread, columns // 2, threads):
+            store_int32(out + 4 * i, words[ZERO_HALVES // 2 + i])
+        first = shared_address(staged) + HALF_BYTES * ZERO_HALVES
+        for group in range(thread, int32(weight.units * UNIT_GROUPS), threads):
+            total = sum_group(int32(first + group * group_bytes))
+            store_float(sums_out + 4 * (np.int64(group) * inputs + own), total)
+        if thread == 0:
+            store_float(factors_out + 4 * own, factor)
+
+    return kernel
+
+
+def staging_function(spec: KernelSpec) -> Any:
+    """stage(weight, x, thread, staged) -> what to multiply results with.
+
+    x' from staged[ZERO_HALVES] on, for all threads of the block when it returns.
+    """
+    threads, unit_columns = spec.threads, spec.unit.columns
+    scale_of, permute = scale_function(spec), permuting_function(spec)
+
+    @cuda.jit(device=True, inline="always")
+    def stage(weight, x, thread, staged):
+        for i in range(thread, ZERO_HALVES, threads):
+            staged[i] = 0
+        last = int32(weight.units * unit_columns)
+        for i in range(int32(weight.columns + thread), last, threads):
+            staged[ZERO_HALVES + i] = 0
+        exponent = scale_of(weight, x, thread)
+        permute(weight, x, power_of_two(int32(-exponent)), staged, thread)
+        cuda.syncthreads()
+        return power_of_two(exponent)
+
+    return stage
+
+
+def scale_function(spec: KernelSpec) -> Any:
+    """exponent_of(weight, x, thread) -> the power of two by which x is divided to fit into fp16."""
+    threads, warps = spec.threads, spec.warps
+
+    @cuda.jit(device=True, inline="always")
+    def nothing(weight, x, thread):
+        return int32(0)
+
+    @cuda.jit(device=True, inline="always")
+    def exponent_of(weight, x, thread):
+        largest = cuda.shared.array(warps, np.int32)
+        found = int32(1)
+        for i in range(thread, weight.columns // 8, threads):
+            words = load_words(x + 16 * i)
+            for k in range(4):
+                low, high = int32(words[k] >> 7 & 0xFF), int32(words[k] >> 23 & 0xFF)
+                found = int32(max(found, low, high))
+        for i in range(weight.columns // 8 * 8 + thread, weight.columns, threads):
+            found = int32(max(found, int32(load_uint16(x + 2 * i) >> 7 & 0xFF)))
+        for distance in (16, 8, 4, 2, 1):
+            found = int32(max(found, int32(cuda.shfl_xor_sync(ALL, found, distance))))
+        if thread % LANES == 0:
+            largest[thread // LANES] = found
+        cuda.syncthreads()
+        for other in range(warps):
+            found = int32(max(found, largest[other]))
+        exponent = found - EXPONENT_BIAS - LARGEST_EXPONENT
+        return int32(min(max(exponent, -MOST_EXPONENT), MOST_EXPONENT))
+
+    return exponent_of if spec.kind == torch.bfloat16 else nothing
+
+
+def permuting_function(spec: KernelSpec) -> Any:
+    """permute(weight, x, factor, staged, thread): x * factor as fp16, where `target` says."""
+    threads, bfloat = spec.threads, spec.kind == torch.bfloat16
+
+    @cuda.jit(device=True, inline="always")
+    def put(staged, target, half, factor):
+        value = np.uint16(half & 0xFFFF)
+        if bfloat:
+            value = float_to_half(bfloat_to_float(value) * factor)
+        staged[ZERO_HALVES + (target & 0xFFFF)] = value
+
+    @cuda.jit(device=True, inline="always")
+    def put_all(staged, targets, words, factor):
+        for k in range(4):
+            put(staged, targets[k], words[k], factor)
+            put(staged, targets[k] >> 16, words[k] >> 16, factor)
+
+    @cuda.jit(device=True, inline="always")
+    def permute(weight, x, factor, staged, thread):
+        whole = int32(weight.columns // 8)
+        for i in range(thread, whole, 2 * threads):
+            also = int32(min(i + threads, whole - 1))  # two at once, to wait for both together
+            words, others = load_words(x + 16 * i), load_words(x + 16 * also)
+            targets, other_targets = targets_of(weight, i), targets_of(weight, also)
+            put_all(staged, targets, words, factor)
+            put_all(staged, other_targets, others, factor)
+        for i in range(int32(8 * whole + thread), weight.columns, threads):
+            target = int32(load_uint16(weight.target + 2 * i)) if weight.target else int32(i)
+            put(staged, target, load_uint16(x + 2 * i), factor)
+
+    return permute
+
+
+@cuda.jit(device=True, inline="always")
+def targets_of(weight, i):
+    """Where inputs 8i ... 8i + 7 go, two to a word."""
+    if weight.target:
+        return load_words(weight.target + 16 * i)
+    start, step = 8 * i | (8 * i + 1) << 16, 0x00020002
+    return int32(start), int32(start + step), int32(start + 2 * step), int32(start + 3 * step)
