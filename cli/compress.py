@@ -22,6 +22,14 @@ __all__ = ["compress"]
 @click.argument("out", required=False)
 @config_options
 @calibration_options
+@click.option(
+    "--tune",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEPS",
+    help="Train statistics, outliers and norms of each compressed block for so many steps, towards"
+    " the output of the dense block.  [default: 0]",
+)
 @device_option
 @click.option(
     "--offload-activations",
@@ -71,9 +79,17 @@ def _show(report: CompressionReport) -> None:
         ("weights compressed", f"{sum(row.weights for row in report.layers):,}"),
         ("bits a weight", f"{report.bits:.3f} measured, {report.formula_bits:.3f} by formula"),
         ("outliers", f"{report.outlier_share:.2%}"),
+        *([("tuning", _tuning(report))] if report.tuned else []),
         ("folder", f"{report.out} ({format_bytes(report.bytes)})"),
         ("seconds", ", ".join(f"{name} {s:.1f}" for name, s in report.seconds.items())),
     ]
     width = max(len(title) for title, _ in rows)
     for title, text in rows:
         click.echo(f"{title.ljust(width)}  {text}")
+
+
+def _tuning(report: CompressionReport) -> str:
+    """What it did to the blocks' outputs, in a line."""
+    better = [row for row in report.tuned if row.steps]
+    left = sum(row.error_after / row.error_before for row in better) / max(len(better), 1)
+    return f"{len(better)} of {len(report.tuned)} blocks, {left:.1%} of their output error left"

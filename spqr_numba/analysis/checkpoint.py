@@ -19,7 +19,7 @@ from ..format.matrix import BUFFER_NAMES, SpqrMatrix
 from ..model.blocks import find_blocks, plan
 from ..model.quantizer import SpqrQuantizationConfig, empty_layer, stored_shapes
 from ..model.registration import METHOD
-from ..model.report import LAYERS_FILE, read_rows
+from ..model.report import LAYERS_FILE, LayerRow, read_rows
 from ..model.skeleton import build_skeleton
 from ..model.source import FolderSource
 
@@ -176,7 +176,7 @@ def _losses(folder: Path) -> dict[str, tuple[float | None, float | None]]:
     log = folder / LAYERS_FILE
     if not log.is_file():
         return {}
-    rows = read_rows(log.read_text(encoding="utf-8"))
+    rows = read_rows(log.read_text(encoding="utf-8"), LayerRow)
     return {row.layer: (_known(row.loss), _known(row.relative_loss)) for row in rows}
 
 

@@ -109,13 +109,13 @@ class Activations:
 
     def run_first(self, block: nn.Module, index: int) -> None:
         """Run block `index` on the first window alone: what its hooks see, all windows will."""
-        self._run(block, index, self.states[:1])
+        self.run(block, index, self.states[:1])
 
     def run_all(self, block: nn.Module, index: int) -> None:
         """Run block `index` on every window, for what its hooks see; any may stop a batch."""
         for batch in self.states.split(self.batch_size):
             with suppress(StopForward):
-                self._run(block, index, batch)
+                self.run(block, index, batch)
 
     def run_pairs(
         self,
@@ -133,18 +133,34 @@ class Activations:
         batches = zip(*(x.split(self.batch_size) for x in (self.dense, self.states)), strict=True)
         for dense, batch in batches:
             with suppress(StopForward), as_dense():
-                output = self._run(block, index, dense)
+                output = self.run(block, index, dense)
                 if advance:
                     dense.copy_(output)
             with suppress(StopForward):
-                self._run(block, index, batch)
+                self.run(block, index, batch)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the states by what block `index` makes of them."""
         for batch in self.states.split(self.batch_size):
-            batch.copy_(self._run(block, index, batch))
+            batch.copy_(self.run(block, index, batch))
 
-    def _run(self, block: nn.Module, index: int, batch: torch.Tensor) -> torch.Tensor:
+    def outputs(self, block: nn.Module, index: int) -> torch.Tensor:
+        """What block `index` makes of the states: [windows, L, d], where they are."""
+        made = torch.empty_like(self.states)
+        for batch, outputs in zip(
+            self.states.split(self.batch_size), made.split(self.batch_size), strict=True
+        ):
+            outputs.copy_(self.run(block, index, batch))
+        return made
+
+    def parts(self, windows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Any windows, as many at once as a block can be called with."""
+        for start in range(0, len(windows), self.batch_size):
+            batch = windows[start : start + self.batch_size]
+            yield from [batch] if len(batch) in self.calls else ([window] for window in batch)
+
+    def run(self, block: nn.Module, index: int, batch: torch.Tensor) -> torch.Tensor:
+        """What block `index` makes of hidden states [B, L, d]; `calls` knows B windows."""
         call = self.calls[len(batch)][index]
         batch = batch.to(next(block.parameters()).device, non_blocking=True)
         output = block(batch, *call.args, **call.kwargs)

@@ -8,6 +8,7 @@ are not in an nn.Linear (Conv1D of GPT-2, fused experts) cannot be, and raise.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "check_dense",
     "find_blocks",
     "find_linears",
+    "find_norms",
     "input_groups",
     "plan",
 ]
@@ -105,6 +107,22 @@ def find_blocks(model: nn.Module) -> Blocks:
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Name in the block -> every nn.Linear of it, in the order of definition."""
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find_norms(model: nn.Module, blocks: Blocks) -> list[str]:
+    """Full names of the weights of all norms in the blocks.
+
+    A norm is what has a weight with one dimension. Those that share their weight with another
+    module are left out: a change would be one of both.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in named)
+    return [
+        name
+        for name, parameter in named
+        if name.startswith(f"{blocks.path}.") and name.endswith(".weight")
+        if parameter.ndim == 1 and uses[id(parameter)] == 1
+    ]
 
 
 def plan(blocks: Blocks, config: SpqrConfig) -> dict[str, SpqrConfig]:

@@ -5,6 +5,7 @@
         read its weights
         pass 1: run all windows, accumulate H for each input that linears share
         quantize the linears, and put what was stored into them
+        (with tuning: train what is no code; see tuning.py)
         pass 2: run all windows again: what the next block gets
         write the block
     write the rest as it is
@@ -22,6 +23,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from copy import deepcopy
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,22 +37,25 @@ from ..errors import DataError
 from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
 from .activations import Activations
-from .blocks import Blocks, check_causal, check_dense, find_blocks, plan
+from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
 from .calibration import load_tokens, sample_windows, window_length
 from .checkpoint import CheckpointWriter, WriteBehind, check_free
 from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
 from .report import (
     LAYERS_FILE,
+    TUNING_FILE,
     Clock,
     CompressionReport,
     LayerRow,
+    TunedRow,
     formula_bits,
     read_rows,
     rows_to_csv,
 )
 from .skeleton import ReadAhead, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
+from .tuning import BlockTuner, Tuning
 
 __all__ = ["Progress", "compress"]
 
@@ -80,6 +85,7 @@ def compress(
     nsamples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
+    tune: int = 0,
     overwrite: bool = False,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
@@ -93,7 +99,8 @@ def compress(
     dataset      calibration text (calibration.py), None for Python's manual
     nsamples     windows of calibration text
     seqlen       tokens a window; None is the model's context, 2048 at most
-    seed         of the choice of windows
+    seed         of the choice of windows, and of their order where they are trained on
+    tune         steps of training each block once it is quantized (tuning.py); 0 for none
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
     device       where blocks are run and quantized: "cpu" or "cuda"
@@ -112,7 +119,8 @@ def compress(
         source = open_source(model)
         check_dense(source.config)
         check_causal(source.config)
-        job = Compression(source, config, torch.device(device), clock)
+        tuning = Tuning(tune, nsamples, seed) if tune else None
+        job = Compression(source, config, torch.device(device), clock, tuning)
         tokenizer = source.tokenizer()
         if job.calibrates:
             tokens = load_tokens(dataset, tokenizer)
@@ -127,7 +135,12 @@ class Compression:
     """One model on its way from `source` to a folder."""
 
     def __init__(
-        self, source: Source, config: SpqrConfig, device: torch.device, clock: Clock
+        self,
+        source: Source,
+        config: SpqrConfig,
+        device: torch.device,
+        clock: Clock,
+        tuning: Tuning | None = None,
     ) -> None:
         """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
         self.source, self.config, self.device, self.clock = source, config, device, clock
@@ -138,7 +151,10 @@ class Compression:
         self.settings = plan(self.blocks, config)
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
-        self.calibrates = any(chosen.use_hessian for chosen in self.settings.values())
+        self.tuning = tuning
+        self.norms = find_norms(self.model, self.blocks)
+        hessians = any(chosen.use_hessian for chosen in self.settings.values())
+        self.calibrates = hessians or tuning is not None
         self.weights = ReadAhead(source.weights(self.model), ahead=device.type == "cuda")
         self.names = stored_names(self.model)
         self.windows: torch.Tensor | None = None
@@ -174,7 +190,8 @@ class Compression:
             return False
         width = self.source.config.get_text_config().hidden_size
         linears = [self.model.get_submodule(name) for name in self.settings]
-        paths = 2 if self.config.asymmetric else 1  # the dense model's states too
+        # Beside them those of the dense model, or what a block gave while it was dense.
+        paths = 2 if self.config.asymmetric or self.tuning is not None else 1
         return states_crowd(
             states=paths * self.windows.numel() * width * self.dtype.itemsize,
             largest=max(i * (i + o) for i, o in ((x.in_features, x.out_features) for x in linears)),
@@ -188,7 +205,8 @@ class Compression:
             out, len(self.blocks), self.fingerprint(), overwrite=overwrite
         )
         self.behind = WriteBehind(self.writer)
-        self.rows = read_rows(self.writer.read_text(LAYERS_FILE))
+        self.rows = read_rows(self.writer.read_text(LAYERS_FILE), LayerRow)
+        self.tuned = read_rows(self.writer.read_text(TUNING_FILE), TunedRow)
 
     def fingerprint(self) -> str:
         """A hash of everything that shapes the result."""
@@ -201,6 +219,7 @@ class Compression:
             "windows": sha256(windows).hexdigest(),
             "batch_size": self.batch_size,
             "device": self.device.type,
+            "tuning": None if self.tuning is None else asdict(self.tuning),
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -211,10 +230,11 @@ class Compression:
         progress.update(start)
         finished = [self.blocks.name(index) + "." for index in range(start)]
         self.rows = [row for row in self.rows if row.layer.startswith(tuple(finished))]
+        self.tuned = self.tuned[:start]
         activations = self._start_activations() if start < len(self.blocks) else None
         for index in range(start, len(self.blocks)):
             progress.set_postfix_str(self.blocks.name(index))
-            self._compress_block(index, activations)
+            self._compress_block(index, activations, progress)
             progress.update(1)
         with self.clock("write"):
             self.behind.wait()
@@ -241,7 +261,9 @@ class Compression:
             release(self.model, names)
         return activations
 
-    def _compress_block(self, index: int, activations: Activations | None) -> None:
+    def _compress_block(
+        self, index: int, activations: Activations | None, progress: Progress
+    ) -> None:
         name, block = self.blocks.name(index), self.blocks.modules[index]
         stored = self._stored(index)
         with self.clock("read"):
@@ -249,10 +271,16 @@ class Compression:
         last = index + 1 == len(self.blocks)
         if not last:
             self.weights.expect(self._stored(index + 1))
+        tuner = self._tuner(index, activations, progress)
         if self.config.asymmetric:
             self._await_states(activations)
         quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
         results = quantizer.quantize(activations, self.config.true_sequential)
+        norms: dict[str, torch.Tensor] = {}
+        if tuner is not None:
+            with self.clock("tune"):
+                results, norms, row = tuner.tune(results, self.settings)
+            self.tuned.append(row)
         if activations is not None and not last:
             self._await_states(activations)
             with self.clock("forward"):
@@ -260,9 +288,11 @@ class Compression:
         release(self.model, stored)
         with self.clock("write"):
             self.rows += [self._row(layer, result) for layer, result in results.items()]
-            tensors = self._block_tensors(stored, results)
+            tensors = self._block_tensors(stored, results) | norms
             self.behind.wait()
             self.writer.write_text(LAYERS_FILE, rows_to_csv(self.rows))
+            if self.tuned:
+                self.writer.write_text(TUNING_FILE, rows_to_csv(self.tuned))
             hidden = None if activations is None or last else activations.in_main_memory()
             self.behind.write_block(index, tensors, hidden)
             if self.device.type == "cpu":  # where a block takes longer than its file
@@ -273,6 +303,25 @@ class Compression:
         if activations is not None and not activations.on_gpu:
             with self.clock("write"):
                 self.behind.wait()
+
+    def _tuner(
+        self, index: int, activations: Activations | None, progress: Progress
+    ) -> BlockTuner | None:
+        """What is to tune block `index`, while it is still dense; None where nothing does."""
+        if self.tuning is None or activations is None:
+            return None
+        name = self.blocks.name(index)
+        norms = self._read(norm for norm in self.norms if norm.startswith(f"{name}."))
+        with self.clock("tune"):
+            return BlockTuner(
+                self.blocks.modules[index],
+                name,
+                index,
+                activations,
+                norms,
+                self.tuning,
+                progress.set_postfix_str,
+            )
 
     def _stored(self, index: int) -> list[str]:
         """Names of everything in block `index`."""
@@ -340,7 +389,7 @@ class Compression:
     def _report(self) -> CompressionReport:
         out = self.writer.out
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return CompressionReport(out, self.rows, dict(self.clock.seconds), size)
+        return CompressionReport(out, self.rows, dict(self.clock.seconds), size, self.tuned)
 
 
 class _Silent:

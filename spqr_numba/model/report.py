@@ -6,11 +6,11 @@ import csv
 import io
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,18 +19,29 @@ from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 
 __all__ = [
     "LAYERS_FILE",
+    "TUNING_FILE",
     "Clock",
     "CompressionReport",
     "LayerRow",
+    "TunedRow",
     "formula_bits",
     "read_rows",
     "rows_to_csv",
 ]
 
 LAYERS_FILE = "layers.csv"
+TUNING_FILE = "tuning.csv"
 SECOND_LEVEL_BITS = 2 * 16  # the scale and the zero of a statistic's codes
 OUTLIER_VALUE_BITS = 16
 ROW_OFFSET_BITS = 32
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: text == "True",
+}
+"""Type of a field, as it is annotated -> what reads it."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +85,44 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class TunedRow:
+    """One tuned block, as a line of tuning.csv.
+
+    block           full module name
+    error_before    mean over tokens of the squared error of its output over the square of the dense
+                    block's, on windows that are held back from the training; before it
+    error_after     the same after; equal where the block was left as it was
+    steps           of training that led there, 0 where the block was left as it was
+    seconds         spent on this block
+    """
+
+    block: str
+    error_before: float
+    error_after: float
+    steps: int
+    seconds: float
+
+
+Row = TypeVar("Row", LayerRow, TunedRow)
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """A finished run.
 
     out       the folder
     layers    a row a compressed linear, in the order of the model
-    seconds   phase -> seconds: prepare, read, forward, hessian, factorise, quantize, write (of this
-              run only, where it continued another)
+    seconds   phase -> seconds: prepare, read, forward, hessian, factorise, quantize, tune, write
+              (of this run only, where it continued another)
     bytes     of all files in the folder
+    tuned     a row a tuned block, none without tuning; the losses in `layers` are those before it
     """
 
     out: Path
     layers: list[LayerRow]
     seconds: dict[str, float]
     bytes: int
+    tuned: list[TunedRow] = field(default_factory=list)
 
     @property
     def bits(self) -> float:
@@ -114,6 +149,7 @@ class CompressionReport:
             "bytes": self.bytes,
             "seconds": self.seconds,
             "layers": [asdict(row) for row in self.layers],
+            "tuned": [asdict(row) for row in self.tuned],
         }
 
     def _average(self, column: str) -> float:
@@ -179,24 +215,20 @@ def formula_bits(config: SpqrConfig, spec: MatrixSpec, outlier_share: float) -> 
     return bits / (rows * columns)
 
 
-def rows_to_csv(rows: Iterable[LayerRow]) -> str:
-    """layers.csv: a header, then a line a layer."""
+def rows_to_csv(rows: Sequence[LayerRow] | Sequence[TunedRow]) -> str:
+    """layers.csv or tuning.csv: a header, then a line a row; "" for no rows."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(LayerRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    if rows:
+        writer = csv.DictWriter(text, [f.name for f in fields(rows[0])], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 
-def read_rows(text: str) -> list[LayerRow]:
-    """The rows of a layers.csv, as `rows_to_csv` wrote it."""
-    types: dict[str, Callable[[str], Any]] = {
-        "layer": str,
-        "rows": int,
-        "columns": int,
-        "rounded": lambda value: value == "True",
-    }
+def read_rows(text: str, kind: type[Row]) -> list[Row]:
+    """The rows of a layers.csv (kind LayerRow) or tuning.csv, as `rows_to_csv` wrote it."""
+    readers = {f.name: READERS[str(f.type)] for f in fields(kind)}
     return [
-        LayerRow(**{name: types.get(name, float)(value) for name, value in line.items()})
+        kind(**{name: readers[name](value) for name, value in line.items()})
         for line in csv.DictReader(io.StringIO(text))
     ]

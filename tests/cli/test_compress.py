@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,34 @@ def test_results_on_stdout_progress_on_stderr(
     assert "measured" in result.stdout
     assert "block" in result.stderr
     assert "compressing" not in result.stdout
+
+
+def test_tuning_is_said_and_shown(run: Run, dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = f"compress {dense} {out} --dataset {text} --nsamples 8 --seqlen 32 --tune 2"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"tuning +2 of 2 blocks, \d\d\.\d% of their output error left", result.stdout)
+    assert "2 steps of tuning leave" in result.stderr
+    assert (out / "tuning.csv").read_text().startswith("block,error_before,error_after,steps,")
+    as_json = json.loads(run(f"{line} --overwrite --json").stdout)
+    assert [row["block"] for row in as_json["tuned"]] == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--tune -1", 2, "-1 is not in the range x>=0"),
+        ("--tune 5 --nsamples 1", 1, "trains on some windows and measures on others"),
+    ],
+)
+def test_tuning_that_cannot_be(
+    options: str, code: int, message: str, run: Run, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    result = run(f"compress {dense} {tmp_path / 'out'} --dataset {text} --seqlen 32 {options}")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_out_alone_takes_the_bundled_model(

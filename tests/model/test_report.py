@@ -12,6 +12,7 @@ from spqr_numba.model.report import (
     Clock,
     CompressionReport,
     LayerRow,
+    TunedRow,
     formula_bits,
     read_rows,
     rows_to_csv,
@@ -26,8 +27,11 @@ def row(layer: str = "a.b", rows: int = 4, bits: float = 3.0, rounded: bool = Fa
 
 def test_rows_survive_the_csv_exactly() -> None:
     rows = [row(), row("c,d", rounded=True)]
-    assert read_rows(rows_to_csv(rows)) == rows
-    assert read_rows("") == []
+    assert read_rows(rows_to_csv(rows), LayerRow) == rows
+    tuned = [TunedRow("a", 1 / 3, 0.1, 20, 0.5), TunedRow("b", 0.25, 0.25, 0, 1.0)]
+    assert read_rows(rows_to_csv(tuned), TunedRow) == tuned
+    assert read_rows("", LayerRow) == []
+    assert rows_to_csv([]) == ""
 
 
 def test_averages_are_weighed_by_size() -> None:
