@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +16,7 @@ import click
 from spqr_numba.config import DEFAULT_PRESET, FITS, PERMUTATIONS, PRESETS, SpqrConfig
 
 __all__ = [
+    "FILE",
     "calibration_options",
     "config_from",
     "config_options",
@@ -26,6 +28,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 WHOLE_ROW = "row"
+FILE = click.Path(dir_okay=False, path_type=Path)
 NEAREST = {
     "use_hessian": False,
     "outlier_threshold": None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ._command import Command, echo_table, emit
-from ._options import device_option
+from ._command import Command, echo_table, emit, note
+from ._options import FILE, device_option
 
 __all__ = ["bench"]
 
@@ -58,14 +59,23 @@ def bench() -> None:
 )
 @outliers_option
 @threads_option
-def matmul(as_json: bool, **settings: Any) -> None:
-    """Time y = W x from the compressed weight, beside torch's fp32 and bf16.
+@click.option("--plot", type=FILE, help="Write a picture (.png, .pdf, .svg); needs matplotlib.")
+def matmul(as_json: bool, plot: Path | None, **settings: Any) -> None:
+    """Time y = W x from the compressed weight, beside torch's dense ones.
+
+    On a GPU also beside torch's int4, gemlite, bitsandbytes and spqr_quant, where installed.
 
     GB/s count the bytes of the weight as stored; the machine's read bandwidth stands beside them.
     """
     from spqr_numba.bench.matmul import measure
 
-    _emit(measure(**settings), as_json)
+    rows = measure(**settings)
+    _emit(rows, as_json)
+    if plot:
+        from spqr_numba.analysis.plots import plot_times, save
+
+        save(plot_times(rows, f"Matrix product, {settings['bits']} bit"), plot)
+        note(f"wrote {plot}")
 
 
 @bench.command(cls=Command)

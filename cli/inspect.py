@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._command import Cell, Command, echo_table, emit, format_bytes, note
+from ._options import FILE
 
 if TYPE_CHECKING:
     from spqr_numba.analysis.checkpoint import LayerSummary
 
 __all__ = ["inspect"]
-
-FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(cls=Command)

@@ -31,6 +31,7 @@ __all__ = [
     "plot_sensitivity",
     "plot_statistics",
     "plot_structure",
+    "plot_times",
     "save",
 ]
 
@@ -208,3 +209,29 @@ def _plot_map(
     axes.title.set_fontsize("medium")
     figure: Any = axes.figure
     figure.colorbar(image, ax=axes, label=label)
+
+
+def plot_times(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Bars of `spqr bench matmul`: each candidate's speed over torch's dense product, a cluster a
+    shape and batch; microseconds above each bar."""
+    names = [key.removesuffix(" us") for key in rows[0] if key.endswith(" us")]
+    names.remove("spread")
+    base = "fp16 us" if "fp16 us" in rows[0] else "fp32 us"
+    figure = new_figure(2 + 1.6 * len(rows), 4)
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width
+        times = [row[f"{name} us"] or np.nan for row in rows]
+        speeds = [row[base] / time for row, time in zip(rows, times, strict=True)]
+        shade = str(0.8 * i / max(1, len(names) - 1))
+        bars = axes.bar(places, speeds, width, label=name, color=shade)
+        labels = ["" if np.isnan(time) else f"{time:.3g}" for time in times]
+        axes.bar_label(bars, labels, fontsize=6, padding=1)
+    ticks = [f"{row['m x n']}\nbatch {row['batch']}" for row in rows]
+    axes.set_xticks(range(len(rows)), ticks, fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_ylabel(f"speed over {base.removesuffix(' us')} (above: microseconds)")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(names))
+    return figure

@@ -1,4 +1,4 @@
-"""The matrix product, timed beside torch's dense one.
+"""The matrix product, timed beside torch's dense one; matmul_cuda.py does so on a GPU.
 
 A candidate goes through its weights one after another, so many that none is left in a cache when
 its turn comes again: that is how a model meets its layers. The candidates take turns, a round each,
@@ -47,22 +47,43 @@ def measure(
     """Rows of a table, one a shape (out_features, in_features) and batch.
 
     Microseconds are medians, "spread" the distance of the quartiles; GB/s count the bytes of the
-    compressed weight, "share" is theirs of the bandwidth. Raises InputError for another device or
-    a shape that is no pair.
+    compressed weight, "share" is theirs of the bandwidth. Raises InputError for a shape that is no
+    pair.
     """
-    if torch.device(device).type != "cpu":
-        raise InputError(f"the product has no kernel for {device} yet; use --device cpu")
+    sizes = [pair_of(shape) for shape in shapes]
+    config = SpqrConfig(bits=bits)
+    if torch.device(device).type == "cuda":
+        return measure_cuda(sizes, batches, config, outliers)
     if threads:
         torch.set_num_threads(threads)
     bandwidth = read_bandwidth()
     rows = []
-    for shape in shapes:
-        if isinstance(shape, str):
-            raise InputError(f"{shape!r} is no shape of a weight; give ROWSxCOLUMNS")
-        spec = MatrixSpec.from_config(SpqrConfig(bits=bits), *shape)
+    for size in sizes:
+        spec = MatrixSpec.from_config(config, *size)
         matrices = cold(random_matrix(spec, round(outliers * spec.in_features) or None))
         rows += [measure_shape(matrices, batch, bandwidth) for batch in batches]
     return rows
+
+
+def pair_of(shape: str | tuple[int, int]) -> tuple[int, int]:
+    """The shape of a weight; InputError for the name of a model's."""
+    if isinstance(shape, str):
+        raise InputError(f"{shape!r} is no shape of a weight; give ROWSxCOLUMNS")
+    return shape
+
+
+def measure_cuda(
+    sizes: Sequence[tuple[int, int]], batches: Sequence[int], config: SpqrConfig, outliers: float
+) -> list[Row]:
+    """`measure` on a GPU."""
+    from . import matmul_cuda
+
+    bandwidth = matmul_cuda.read_bandwidth()
+    return [
+        matmul_cuda.measure_shape(*size, batch, config, outliers, bandwidth)
+        for size in sizes
+        for batch in batches
+    ]
 
 
 def cold(matrix: SpqrMatrix) -> list[SpqrMatrix]:

@@ -7,6 +7,7 @@ import torch
 
 from spqr_numba.bench import matmul
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.bench.rivals import RIVALS
 from spqr_numba.errors import InputError
 from tests.problems import make_spec
 
@@ -46,5 +47,13 @@ def test_random_outliers() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="llama2-7b"):
         matmul.measure(shapes=["llama2-7b"])
-    with pytest.raises(InputError, match="no kernel for cuda"):
-        matmul.measure(device="cuda")
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu() -> None:
+    """Ours and at least torch's own."""
+    [one, eight] = matmul.measure(shapes=[(256, 512)], batches=[1, 8], device="cuda")
+    assert (one["batch"], eight["batch"]) == (1, 8)
+    assert min(one["spqr us"], one["fp16 us"]) > 0
+    assert 0 < one["share"] < 2
+    assert set(one) == set(eight) >= {f"{name} us" for name in RIVALS}

@@ -52,6 +52,14 @@ def test_matmul_prints_a_row_a_batch(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["spqr us"] > 0 for row in rows)
 
 
+def test_matmul_draws_its_times(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("spqr_numba.bench.matmul.COLD_BYTES", 0)
+    picture = tmp_path / "times.png"
+    result = run(f"bench matmul --shape 64x96 --shape 32x64 --plot {picture}")
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_matmul_wants_the_shape_of_a_weight(run: Run) -> None:
     result = run("bench matmul --shape llama2-7b")
     assert result.exit_code == 1
