@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._command import Command, Interrupted, emit, format_bytes, progress_bar
+from ._command import Cell, Command, Interrupted, echo_table, emit, format_bytes, progress_bar
 from ._options import calibration_options, config_from, config_options, device_option
 
 if TYPE_CHECKING:
     from spqr_numba.config import SpqrConfig
-    from spqr_numba.model.report import CompressionReport
+    from spqr_numba.model.report import CompressionReport, LayerRow
 
 __all__ = ["compress"]
 
@@ -39,6 +39,17 @@ __all__ = ["compress"]
     help="Keep hidden states in main memory, also where the GPU has room.",
 )
 @click.option("--batch-size", type=int, help="Windows run at once.  [default: about 4096 tokens]")
+@click.option(
+    "--target-bits",
+    type=float,
+    help="Bits a weight that all compressed weights are to come to: each layer gets the outlier"
+    " threshold with which they do most, in place of --outlier-threshold.",
+)
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="With --target-bits: each layer gets bits (2, 3, 4) and a group size (8, 16, 32) too.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:
     """Compress MODEL into the folder OUT.
@@ -52,7 +63,7 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
         raise click.UsageError("missing argument 'OUT', the folder to write")
     config = config_from(options)
     report = _compress(model, Path(out).expanduser(), config, options)
-    emit(report.to_dict(), as_json, lambda: _show(report))
+    emit(report.to_dict(), as_json, lambda: _show(report, options["target_bits"]))
 
 
 def _compress(
@@ -74,10 +85,14 @@ def _compress(
         ) from None
 
 
-def _show(report: CompressionReport) -> None:
+def _show(report: CompressionReport, target_bits: float | None) -> None:
+    aim = "" if target_bits is None else f", {target_bits:g} aimed at"
     rows = [
         ("weights compressed", f"{sum(row.weights for row in report.layers):,}"),
-        ("bits a weight", f"{report.bits:.3f} measured, {report.formula_bits:.3f} by formula"),
+        (
+            "bits a weight",
+            f"{report.bits:.3f} measured, {report.formula_bits:.3f} by formula{aim}",
+        ),
         ("outliers", f"{report.outlier_share:.2%}"),
         *([("tuning", _tuning(report))] if report.tuned else []),
         ("folder", f"{report.out} ({format_bytes(report.bytes)})"),
@@ -86,6 +101,9 @@ def _show(report: CompressionReport) -> None:
     width = max(len(title) for title, _ in rows)
     for title, text in rows:
         click.echo(f"{title.ljust(width)}  {text}")
+    if target_bits is not None:
+        click.echo()
+        echo_table(_choices(report.layers))
 
 
 def _tuning(report: CompressionReport) -> str:
@@ -93,3 +111,29 @@ def _tuning(report: CompressionReport) -> str:
     better = [row for row in report.tuned if row.steps]
     left = sum(row.error_after / row.error_before for row in better) / max(len(better), 1)
     return f"{len(better)} of {len(report.tuned)} blocks, {left:.1%} of their output error left"
+
+
+def _choices(layers: list[LayerRow]) -> list[dict[str, Cell]]:
+    """What layers were given: a line for each bits and group size, with their thresholds."""
+    chosen: dict[tuple, list[LayerRow]] = {}
+    for row in layers:
+        chosen.setdefault((row.code_bits, row.group_size or "row"), []).append(row)
+    weights = sum(row.weights for row in layers)
+    return [
+        {
+            "bits": bits,
+            "group": group,
+            "layers": len(rows),
+            "weights %": 100 * sum(row.weights for row in rows) / weights,
+            "outlier thresholds": _range([row.outlier_threshold for row in rows]),
+        }
+        for (bits, group), rows in sorted(chosen.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def _range(thresholds: list[float | None]) -> str:
+    """Smallest and largest, and how many layers keep no outliers."""
+    kept = [threshold for threshold in thresholds if threshold is not None]
+    parts = [f"{min(kept):.3g} to {max(kept):.3g}"] if kept else []
+    without = len(thresholds) - len(kept)
+    return ", ".join(parts + ([f"none in {without}"] if without else []))

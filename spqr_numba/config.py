@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from .errors import ConfigError
@@ -131,12 +132,26 @@ class SpqrConfig:
 
     def for_module(self, name: str) -> SpqrConfig | None:
         """The settings for the linear called `name`, or None where it is to stay as it is."""
-        if any(re.search(pattern, name) for pattern in self.skip):
+        if any(compiled(pattern).search(name) for pattern in self.skip):
             return None
         for pattern, values in self.overrides:
-            if re.search(pattern, name):
+            if compiled(pattern).search(name):
                 return self._overridden(values)
         return self
+
+    def with_modules(self, modules: Mapping[str, SpqrConfig]) -> SpqrConfig:
+        """These settings, with an override for each of `modules` whose own differ."""
+        overrides = []
+        for name, config in modules.items():
+            settings = {
+                field.name: value
+                for field in fields(self)
+                if field.name not in MODEL_LEVEL_FIELDS
+                if (value := getattr(config, field.name)) != getattr(self, field.name)
+            }
+            if settings:
+                overrides.append((f"^{re.escape(name)}$", settings))
+        return replace(self, overrides=tuple(overrides))
 
     def formula_bits(self, outlier_share: float = 0.0, in_features: int | None = None) -> float:
         """Bits a weight by the paper's formula (section 4.2), for matrices large on both sides.
@@ -225,6 +240,12 @@ class SpqrConfig:
             if unknown:
                 raise ConfigError(f"the override for {pattern!r} sets unknown field {unknown[0]!r}")
             self._overridden(values)
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """`re` keeps 512 patterns, and a large model may have more: an override a layer."""
+    return re.compile(pattern)
 
 
 PRESETS = {

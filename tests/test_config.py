@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,3 +205,20 @@ def test_formula_against_bytes(
         config.formula_bits(matrix.outlier_share), rel=0.005
     )
     assert matrix.outlier_share == pytest.approx(outlier_share, abs=1e-6)
+
+
+def test_an_override_for_each_module() -> None:
+    config = SpqrConfig(skip=("head",), overrides=(("proj", {"bits": 4}),))
+    modules = {
+        "a.0.q_proj": replace(config, bits=2, outlier_threshold=None, overrides=()),
+        "a.0.q_projector": replace(config, damping=0.5, overrides=()),
+        "a.1.k": replace(config, overrides=()),
+    }
+    whole = config.with_modules(modules)
+    for name, chosen in modules.items():
+        found = whole.for_module(name)
+        assert found is not None
+        assert replace(found, overrides=()) == chosen
+    assert whole.skip == config.skip
+    assert len(whole.overrides) == 2
+    assert SpqrConfig.from_dict(whole.to_dict()) == whole

@@ -53,6 +53,7 @@ one, and a half-precision fma decodes the same bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -163,6 +164,11 @@ class MatrixSpec:
         if permuted:
             buffers["permutation"] = ((self.in_features,), index_dtype(self.in_features))
         return buffers
+
+    def nbytes(self, outliers: int | None, permuted: bool) -> int:
+        """Bytes of all `buffers`."""
+        sizes = self.buffers(outliers, permuted).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
     def _statistic_buffers(self, name: str, bits: int) -> dict[str, tuple[Shape, torch.dtype]]:
         if bits == UNQUANTIZED_BITS:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ModelError
 
-__all__ = ["Activations", "BlockCall", "StopForward"]
+__all__ = ["Activations", "BlockCall", "StopForward", "logits"]
 
 # What a block class may return: hidden states, or a tuple that begins with them.
 RETURNS: tuple[Callable[[torch.Tensor], object], ...] = (
@@ -178,6 +178,25 @@ def embed(model: nn.Module, first_block: nn.Module, windows: torch.Tensor) -> to
     with _replaced([first_block], [catch]):
         _forward(model, windows)
     return caught[0]
+
+
+def logits(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """The logits [B, L, vocabulary] that a model makes of its last block's output [B, L, d].
+
+    windows are the tokens [B, L]. Everything outside the blocks must be loaded. Raises ModelError
+    where hidden states do not go straight from the blocks to the head.
+    """
+    failure: Exception | None = None
+    for returns in RETURNS:
+        made = returns(hidden)
+        try:
+            with _replaced(blocks, [lambda *_, made=made, **__: made] * len(blocks)):
+                return model(input_ids=windows, use_cache=False).logits
+        except RECORDING_ERRORS as error:
+            failure = error  # the model may unpack something else than `returns` gives
+    raise ModelError(f"{type(model).__name__} makes no logits of its blocks' output") from failure
 
 
 def record_calls(

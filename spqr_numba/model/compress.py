@@ -1,5 +1,6 @@
 """The block loop: how one checkpoint becomes another.
 
+    (with a number of bits to come to: find out what each layer makes of how many; see survey.py)
     embed the calibration windows
     for each decoder block:
         read its weights
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from copy import deepcopy
@@ -33,11 +35,12 @@ from torch import nn
 
 from .. import __version__
 from ..config import DEFAULT_PRESET, PRESETS, SpqrConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
+from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
 from .calibration import load_tokens, sample_windows, window_length
 from .checkpoint import CheckpointWriter, WriteBehind, check_free
 from .placement import log_paths, states_crowd
@@ -53,13 +56,15 @@ from .report import (
     read_rows,
     rows_to_csv,
 )
-from .skeleton import ReadAhead, build_skeleton, load, move_buffers, release, stored_names
+from .skeleton import Parts, ReadAhead, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
+from .survey import least_bytes, survey
 from .tuning import BlockTuner, Tuning
 
 __all__ = ["Progress", "compress"]
 
 BATCH_TOKENS = 4096
+CURVES_FILE = "curves.csv"
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,8 @@ def compress(
     tune: int = 0,
     overwrite: bool = False,
     batch_size: int | None = None,
+    target_bits: float | None = None,
+    per_layer: bool = False,
     device: torch.device | str = "cpu",
     offload_activations: bool = False,
     progress: Progress | None = None,
@@ -103,6 +110,9 @@ def compress(
     tune         steps of training each block once it is quantized (tuning.py); 0 for none
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
+    target_bits  choose each layer's outlier_threshold so that the whole comes to so many bits a
+                 weight, spent where the model's loss falls most for each (budget.py, survey.py)
+    per_layer    with target_bits, choose each layer's bits and group_size too
     device       where blocks are run and quantized: "cpu" or "cuda"
     offload_activations  keep the hidden states in main memory, batch by batch on the device; of
                  themselves they go there where beside them a GPU had too little for a block
@@ -115,12 +125,15 @@ def compress(
     out = Path(out).expanduser()
     check_free(out, overwrite)
     clock = Clock(device)
+    if per_layer and target_bits is None:
+        raise ConfigError("per_layer chooses settings for a number of bits; give target_bits")
+    target = None if target_bits is None else Target(target_bits, per_layer)
     with clock("prepare"), torch.no_grad():
         source = open_source(model)
         check_dense(source.config)
         check_causal(source.config)
         tuning = Tuning(tune, nsamples, seed) if tune else None
-        job = Compression(source, config, torch.device(device), clock, tuning)
+        job = Compression(source, config, torch.device(device), clock, tuning, target)
         tokenizer = source.tokenizer()
         if job.calibrates:
             tokens = load_tokens(dataset, tokenizer)
@@ -141,6 +154,7 @@ class Compression:
         device: torch.device,
         clock: Clock,
         tuning: Tuning | None = None,
+        target: Target | None = None,
     ) -> None:
         """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
         self.source, self.config, self.device, self.clock = source, config, device, clock
@@ -149,6 +163,8 @@ class Compression:
         move_buffers(self.model, device)
         self.blocks: Blocks = find_blocks(self.model)
         self.settings = plan(self.blocks, config)
+        self.target = target
+        self._check_target()
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
         self.tuning = tuning
@@ -160,6 +176,19 @@ class Compression:
         self.windows: torch.Tensor | None = None
         self.batch_size = 0
         self.offload = False
+
+    def _check_target(self) -> None:
+        if self.target is not None:
+            self.target.check(self.config)
+            sizes = [
+                least_bytes(config, self.model.get_submodule(name), self.target.per_layer)
+                for name, config in self.settings.items()
+            ]
+            self.target.check_reach(sum(sizes), math.inf, self._weights())
+
+    def _weights(self) -> int:
+        """Number of weights to compress."""
+        return sum(self.model.get_submodule(name).weight.numel() for name in self.settings)
 
     def calibrate_on(
         self,
@@ -220,6 +249,7 @@ class Compression:
             "batch_size": self.batch_size,
             "device": self.device.type,
             "tuning": None if self.tuning is None else asdict(self.tuning),
+            "target": None if self.target is None else asdict(self.target),
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -231,6 +261,7 @@ class Compression:
         finished = [self.blocks.name(index) + "." for index in range(start)]
         self.rows = [row for row in self.rows if row.layer.startswith(tuple(finished))]
         self.tuned = self.tuned[:start]
+        self.ration = self._start_ration(progress)
         activations = self._start_activations() if start < len(self.blocks) else None
         for index in range(start, len(self.blocks)):
             progress.set_postfix_str(self.blocks.name(index))
@@ -240,6 +271,35 @@ class Compression:
             self.behind.wait()
             self._write_rest()
         return self._report()
+
+    def _start_ration(self, progress: Progress) -> Ration | None:
+        """What the unfinished layers share; None where there is no target."""
+        if self.target is None:
+            return None
+        curves = read_curves(self.writer.read_text(CURVES_FILE)) or self._survey(progress)
+        self.target.check_reach(*reach(curves), self._weights())
+        ration = Ration(curves, self.settings, self.target.bits * self._weights() / 8)
+        for row in self.rows:
+            ration.spend(row.layer, row.nbytes)
+            self.settings[row.layer] = row.settings(self.settings[row.layer])
+        return ration
+
+    def _survey(self, progress: Progress) -> Curves:
+        """The options of every layer; kept beside the blocks, for a run that continues this one."""
+        assert self.windows is not None  # Target.check: something calibrates
+        parts = Parts(self.model, self.blocks, self.weights, self.device, self.dtype)
+        with self.clock("survey"):
+            curves = survey(
+                parts,
+                self.settings,
+                self.windows.to(self.device),
+                self.batch_size,
+                per_layer=self.target is not None and self.target.per_layer,
+                clock=self.clock,
+                note=progress.set_postfix_str,
+            )
+        self.writer.write_text(CURVES_FILE, curves_to_csv(curves))
+        return curves
 
     def _start_activations(self) -> Activations | None:
         """What the first unfinished block gets; None where nothing calibrates."""
@@ -274,8 +334,9 @@ class Compression:
         tuner = self._tuner(index, activations, progress)
         if self.config.asymmetric:
             self._await_states(activations)
-        quantizer = BlockQuantizer(block, name, index, self.settings, self.clock)
+        quantizer = BlockQuantizer(block, name, index, self.settings, self.clock, self.ration)
         results = quantizer.quantize(activations, self.config.true_sequential)
+        self.settings |= quantizer.settings
         norms: dict[str, torch.Tensor] = {}
         if tuner is not None:
             with self.clock("tune"):
@@ -346,7 +407,8 @@ class Compression:
         self.source.write_companions(self.writer.partial)
         config = deepcopy(self.source.config)
         config.architectures = [type(self.model).__name__]
-        config.quantization_config = SpqrQuantizationConfig(self.config)
+        chosen = self.config if self.ration is None else self.config.with_modules(self.settings)
+        config.quantization_config = SpqrQuantizationConfig(chosen)
         self.writer.finish(config.to_json_string())
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -373,6 +435,9 @@ class Compression:
             layer=layer,
             rows=matrix.spec.out_features,
             columns=matrix.spec.in_features,
+            code_bits=config.bits,
+            group_size=config.group_size,
+            outlier_threshold=config.outlier_threshold,
             loss=report.loss,
             relative_loss=report.relative_loss,
             outlier_share=report.outlier_share,

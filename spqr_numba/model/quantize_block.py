@@ -16,10 +16,11 @@ from ..quantize.hessian import Factorization, Hessian, factorize
 from ..quantize.solver import QuantizedWeight, quantize_weight
 from .activations import Activations
 from .blocks import InputGroup, find_linears, input_groups
+from .budget import Ration
 from .input_sums import InputSums
 from .report import Clock
 
-__all__ = ["BlockQuantizer"]
+__all__ = ["BlockQuantizer", "factorization_key", "named"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ class BlockQuantizer:
     block       its weights loaded
     name        of the block in the model
     index       of the block
-    settings    full module name -> settings, of every linear to compress
+    settings    full module name -> settings, of every linear to compress; a ration changes them
     clock       for the seconds of each phase
+    ration      chooses settings, and is told what each linear took
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class BlockQuantizer:
         index: int,
         settings: Mapping[str, SpqrConfig],
         clock: Clock,
+        ration: Ration | None = None,
     ) -> None:
-        self.block, self.index, self.clock = block, index, clock
+        self.block, self.index, self.clock, self.ration = block, index, clock, ration
         named = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
         self.linears = {linear: module for linear, module in named.items() if linear in settings}
         self.settings = {linear: settings[linear] for linear in self.linears}
@@ -133,7 +136,7 @@ class BlockQuantizer:
         factorizations: dict[tuple, Factorization] = {}
         results = {}
         for name in group.names:
-            key = self._factorization_key(name)
+            key = factorization_key(name, self.settings[name])
             if key is not None and key not in factorizations:
                 with self.clock("factorise"), named(name):
                     weight = self.linears[name].weight
@@ -141,28 +144,32 @@ class BlockQuantizer:
             results[name] = self._quantize(name, factorizations.get(key) if key else None)
         return results
 
-    def _factorization_key(self, name: str) -> tuple | None:
-        """Equal for linears of one input that can share a Factorization; None where none is used.
-
-        The order "spearman" looks at the weight too, so it is never shared.
-        """
-        config = self.settings[name]
-        if not config.use_hessian:
-            return None
-        own = name if config.permutation == "spearman" else None
-        return (config.permutation, config.damping, config.on_failed_factorization, own)
-
     def _quantize(self, name: str, factorization: Factorization | None) -> QuantizedWeight:
         """Compress one linear and put what was stored into it."""
+        if self.ration is not None:
+            self.settings[name] = self.ration.settings_of(name)
         linear, config = self.linears[name], self.settings[name]
         with self.clock("quantize"), named(name):
             result = quantize_weight(linear.weight, factorization, config)
             if self._keeps_dense:
                 self._dense[name] = linear.weight.data.clone()
             linear.weight.copy_(result.weight)
+        if self.ration is not None:
+            self.ration.spend(name, result.matrix.nbytes)
         if config.use_hessian and result.report.damping > config.damping:
             logger.warning("%s: damping raised to %g", name, result.report.damping)
         return result
+
+
+def factorization_key(name: str, config: SpqrConfig) -> tuple | None:
+    """Equal for linears of one input that can share a Factorization; None where none is used.
+
+    The order "spearman" looks at the weight too, so it is never shared.
+    """
+    if not config.use_hessian:
+        return None
+    own = name if config.permutation == "spearman" else None
+    return (config.permutation, config.damping, config.on_failed_factorization, own)
 
 
 @contextmanager

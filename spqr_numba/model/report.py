@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,8 @@ READERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": lambda text: text == "True",
+    "int | None": lambda text: int(text) if text else None,
+    "float | None": lambda text: float(text) if text else None,
 }
 """Type of a field, as it is annotated -> what reads it."""
 
@@ -50,6 +52,7 @@ class LayerRow:
 
     layer           full module name
     rows, columns   out_features, in_features
+    code_bits, group_size, outlier_threshold   its settings
     loss            tr((W - W_hat) H (W - W_hat)^T); without H, the squared error
     relative_loss   loss over tr(W H W^T)
     outlier_share   outliers a weight
@@ -66,6 +69,9 @@ class LayerRow:
     layer: str
     rows: int
     columns: int
+    code_bits: int
+    group_size: int | None
+    outlier_threshold: float | None
     loss: float
     relative_loss: float
     outlier_share: float
@@ -82,6 +88,20 @@ class LayerRow:
     def weights(self) -> int:
         """Number of weights."""
         return self.rows * self.columns
+
+    def settings(self, config: SpqrConfig) -> SpqrConfig:
+        """`config` with what was chosen for this layer."""
+        return replace(
+            config,
+            bits=self.code_bits,
+            group_size=self.group_size,
+            outlier_threshold=self.outlier_threshold,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return round(self.bits * self.weights / 8)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ModelError, NumericsError
+from .blocks import Blocks
 
 __all__ = [
+    "Parts",
     "ReadAhead",
     "Weights",
     "build_skeleton",
@@ -72,6 +74,44 @@ class ReadAhead:
     def _fetch(self, name: str) -> torch.Tensor:
         tensor = self._weights.read(name)
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+class Parts:
+    """A model whose parts have their weights only while they are in use.
+
+    blocks    its decoder blocks
+    device, dtype   where its weights are then, and as what
+    """
+
+    def __init__(
+        self, model: Any, blocks: Blocks, weights: Weights, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.model, self.blocks, self.device, self.dtype = model, blocks, device, dtype
+        self._weights, self._names = weights, stored_names(model)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index`, loaded. Raises as `load`."""
+        prefix = f"{self.blocks.name(index)}."
+        with self._loaded([name for name in self._names if name.startswith(prefix)]):
+            yield self.blocks.modules[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Everything outside the blocks is loaded, the head too. Raises as `load`."""
+        prefix = f"{self.blocks.path}."
+        with self._loaded([name for name in self._names if not name.startswith(prefix)]):
+            self.model.tie_weights()
+            yield
+        self.model.tie_weights()  # what was tied goes back to the meta device too
+
+    @contextmanager
+    def _loaded(self, names: list[str]) -> Iterator[None]:
+        load(self.model, names, self._weights, self.device, self.dtype)
+        try:
+            yield
+        finally:
+            release(self.model, names)
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -114,6 +114,19 @@ def test_out_alone_takes_the_bundled_model(
     assert seen == {"model": None, "out": tmp_path / "out"}
 
 
+def test_a_target_is_shown_beside_what_was_chosen(
+    run: Run, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    line = f"compress {dense} {tmp_path / 'out'} --dataset {text} {QUICK} --stats-group-size 64"
+    result = run(f"{line} --target-bits 6 --per-layer")
+    assert result.exit_code == 0, result.output
+    assert "by formula, 6 aimed at" in result.stdout
+    assert "outlier thresholds" in result.stdout
+    report = json.loads(run(f"{line} --target-bits 6 --overwrite --json").stdout)
+    assert {row["code_bits"] for row in report["layers"]} == {3}
+    assert len({row["outlier_threshold"] for row in report["layers"]}) > 1
+
+
 def no_folder(model: Path) -> None:
     shutil.rmtree(model)
 
@@ -202,6 +215,11 @@ def test_bad_models(
         ("--wbits 16", ["bits is 16"]),
         ("--nearest --true-sequential", ["true_sequential calibrates"]),
         ("--override layers.9:bits=4", ["layers.9"]),
+        ("--target-bits 2.5", ["target_bits is 2.5", "bits and more on this model"]),
+        ("--target-bits 5 --nearest", ["use_hessian=False has none"]),
+        ("--target-bits 5 --outlier-threshold inf", ["keeps no outliers"]),
+        ("--target-bits 5 --per-layer --override q_proj:bits=4", ["'q_proj' sets bits"]),
+        ("--per-layer", ["give target_bits"]),
         ("--skip layers.9", ["layers.9"]),
     ],
 )

@@ -61,6 +61,9 @@ def test_spec_of_a_config() -> None:
 def test_buffers_of_a_ragged_weight() -> None:
     """The table of layout.py, written out for m = 100, n = 50, 3 bits, 16 / 16, zeros in fp16."""
     spec = make_spec(100, 50, zero_bits=16)
+    assert spec.nbytes(None, permuted=False) == random_matrix(spec, None, permuted=False).nbytes
+    kept = random_matrix(spec, permuted=True)
+    assert spec.nbytes(kept.outliers, permuted=True) == kept.nbytes
     assert spec.buffers(outliers=5, permuted=True) == {
         "codes": ((2, 3, 100), torch.int32),
         "scale_codes": ((4, 4, 3), torch.int32),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from spqr_numba.errors import ModelError
-from spqr_numba.model.activations import Activations, record_calls
+from spqr_numba.model.activations import Activations, logits, record_calls
 from spqr_numba.model.blocks import find_blocks
 
 from . import architectures
@@ -41,6 +41,8 @@ def test_block_by_block_is_the_model(name: str) -> None:
     for index, block in enumerate(blocks.modules):
         activations.advance(block, index)
     torch.testing.assert_close(activations.states, expected, rtol=1e-5, atol=1e-5)
+    made = logits(model, blocks.modules, windows, activations.states)
+    torch.testing.assert_close(made, model(windows).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_states_of_an_earlier_run_are_taken_up() -> None:

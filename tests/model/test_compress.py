@@ -415,3 +415,106 @@ def test_a_missing_weight_is_named(folder_of: FolderOf, run: Run, tmp_path: Path
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no tensor for lm_head\.weight; it is incomplete"):
         run(copy)
+
+
+TARGET = SpqrConfig(damping=0.1, stats_group_size=64)
+
+
+def bits_of(folder: Path) -> float:
+    """Bits a weight from the bytes of the buffers."""
+    matrices = [layer.matrix for layer in spqr_linears(load_model(str(folder))[0]).values()]
+    weights = sum(matrix.spec.out_features * matrix.spec.in_features for matrix in matrices)
+    return 8 * sum(matrix.nbytes for matrix in matrices) / weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3.6, 4.2])
+def test_the_bundled_model_comes_to_the_bits_aimed_at(bits: float, tmp_path: Path) -> None:
+    settings = {"nsamples": 8, "seqlen": 128, "per_layer": bits < 4}
+    out = compress(None, tmp_path / "out", TARGET, target_bits=bits, **settings).out
+    assert bits_of(out) == pytest.approx(bits, rel=0.005)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_what_a_target_chose_is_stored(per_layer: bool, folder_of: FolderOf, run: Run) -> None:
+    out = run(folder_of("llama"), TARGET, target_bits=4.9, per_layer=per_layer)
+    assert bits_of(out) == pytest.approx(4.9, rel=0.02)  # 14 layers, and steps as large as one's
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    del quantization["quant_method"], quantization["format_version"]
+    stored = SpqrConfig.from_dict(quantization)
+    chosen = set()
+    for row in log_of(out):
+        config = stored.for_module(row["layer"])
+        assert config is not None
+        assert str(config.bits) == row["code_bits"]
+        assert str(config.group_size) == row["group_size"]
+        assert str(config.outlier_threshold or "") == row["outlier_threshold"]
+        chosen.add((config.bits, config.group_size, config.outlier_threshold))
+    assert len(chosen) > 2
+    model, _ = load_model(str(out))
+    twin = dense_twin(model, folder_of("llama"))
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_leaves_what_is_rounded_to_nearest(folder_of: FolderOf, run: Run) -> None:
+    nearest = {"use_hessian": False, "outlier_threshold": None, "permutation": "identity"}
+    config = replace(TARGET, overrides=(("down_proj", nearest),), skip=("o_proj",))
+    out = run(folder_of("llama"), config, target_bits=4.9)
+    assert {row["layer"].rpartition(".")[2]: row["rounded"] for row in log_of(out)} == {
+        name: str(name == "down_proj")
+        for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    }
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_killed_on_the_way_to_a_target_and_continued_is_uninterrupted(
+    per_layer: bool, four_blocks: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aim = {"target_bits": 4.6, "per_layer": per_layer}
+    whole = run(four_blocks, TARGET, "whole", **aim)
+    with pytest.raises(Killed):
+        run(four_blocks, TARGET, "killed", progress=KillAfter(2), **aim)
+    monkeypatch.delattr("spqr_numba.model.compress.survey")  # what it found is kept
+    continued = run(four_blocks, TARGET, "killed", **aim)
+    assert tensors_of(continued) == tensors_of(whole)
+    for name in ("config.json", "curves.csv"):
+        assert (continued / name).read_text() == (whole / name).read_text()
+
+
+def test_another_target_does_not_continue(
+    folder_of: FolderOf, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Killed):
+        run(folder_of("llama"), TARGET, progress=KillAfter(1), target_bits=4.8)
+    run(folder_of("llama"), TARGET, target_bits=5.0)
+    assert "starting anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (TARGET, {"target_bits": 3.2}, r"reach 3\.\d\d bits and more .*per_layer"),
+        (TARGET, {"per_layer": True}, "give target_bits"),
+        (RTN, {"target_bits": 5}, "use_hessian=False has none"),
+        (replace(PAPER, outlier_threshold=None), {"target_bits": 5}, "keeps no outliers"),
+    ],
+)
+def test_targets_that_cannot_be(
+    config: SpqrConfig, settings: dict[str, Any], message: str, folder_of: FolderOf, run: Run,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        run(folder_of("llama"), config, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_bits_than_outliers_are_worth(folder_of: FolderOf, run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"target_bits is 30, and .* reach 3\.\d\d to \d\d?\."):
+        run(folder_of("llama"), TARGET, target_bits=30)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_target_is_met(folder_of: FolderOf, run: Run) -> None:
+    outs = [run(folder_of("llama"), TARGET, name, device="cuda", target_bits=4.9) for name in "ab"]
+    assert bits_of(outs[0]) == pytest.approx(4.9, rel=0.02)
+    assert tensors_of(outs[0]) == tensors_of(outs[1])

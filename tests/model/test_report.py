@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,27 @@ from spqr_numba.model.report import (
 
 def row(layer: str = "a.b", rows: int = 4, bits: float = 3.0, rounded: bool = False) -> LayerRow:
     return LayerRow(
-        layer, rows, 8, 0.1, 1e-9, 1 / 3, float("inf"), 1.0, 2.5, 0.5, bits, 3.5, rounded, 0.25
-    )
+        layer, rows, 8, 3, 16, 0.2, 0.1, 1e-9, 1 / 3, float("inf"), 1.0, 2.5, 0.5, bits, 3.5,
+        rounded, 0.25,
+    )  # fmt: skip
 
 
 def test_rows_survive_the_csv_exactly() -> None:
     rows = [row(), row("c,d", rounded=True)]
+    rows.append(replace(row(), group_size=None, outlier_threshold=None))
     assert read_rows(rows_to_csv(rows), LayerRow) == rows
     tuned = [TunedRow("a", 1 / 3, 0.1, 20, 0.5), TunedRow("b", 0.25, 0.25, 0, 1.0)]
     assert read_rows(rows_to_csv(tuned), TunedRow) == tuned
     assert read_rows("", LayerRow) == []
     assert rows_to_csv([]) == ""
+
+
+def test_a_row_knows_what_it_was_given() -> None:
+    chosen = replace(row(bits=3.5), code_bits=4, group_size=8, outlier_threshold=None)
+    config = SpqrConfig(damping=0.1)
+    expected = replace(config, bits=4, group_size=8, outlier_threshold=None)
+    assert chosen.settings(config) == expected
+    assert chosen.nbytes == 14
 
 
 def test_averages_are_weighed_by_size() -> None:

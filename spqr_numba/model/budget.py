@@ -1,0 +1,257 @@
+"""Where a bit buys most: one budget for many layers, each with several ways to compress it.
+
+Each layer has a curve, its options with their bytes and their loss; the losses of all layers add
+up. With a price on a byte every layer decides for itself: it takes the option of least
+loss + price * bytes, and that one lies on the lower convex hull of its curve. So the answer walks
+along the hulls. Of all next steps it takes the one whose loss falls most a byte, until none fits
+into the budget (Everett's multipliers, 1963; the greedy solution of a convex knapsack).
+
+    loss |\\                    what fits ends where all layers have about the same slope:
+         | o                   the price of a byte
+         |  \\ x   x off the hull: never taken, two others are better together
+         |   o_
+         |     -o__
+         +------------- bytes
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import SpqrConfig
+from ..errors import ConfigError
+
+__all__ = [
+    "Curves",
+    "Option",
+    "Ration",
+    "Target",
+    "allocate",
+    "between",
+    "curves_to_csv",
+    "lower_hull",
+    "reach",
+    "read_curves",
+]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to compress one layer.
+
+    bits, group_size, outlier_threshold   the fields of SpqrConfig
+    nbytes                                of the compressed weight, as it would be
+    loss                                  what it does to the model, in one unit for all layers
+    """
+
+    bits: int
+    group_size: int | None
+    outlier_threshold: float | None
+    nbytes: float
+    loss: float
+
+    def settings(self, config: SpqrConfig) -> SpqrConfig:
+        """`config` with what this option chose."""
+        return replace(
+            config,
+            bits=self.bits,
+            group_size=self.group_size,
+            outlier_threshold=self.outlier_threshold,
+        )
+
+
+Curves = Mapping[str, Sequence[Option]]
+"""Full name of a layer -> its options."""
+
+
+def lower_hull(options: Iterable[Option]) -> list[Option]:
+    """The options on the lower convex hull of a curve, bytes rising, losses falling."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.nbytes, o.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _gain(option: Option, larger: Option) -> float:
+    """How much the loss falls for each byte more."""
+    return (option.loss - larger.loss) / (larger.nbytes - option.nbytes)
+
+
+def allocate(curves: Curves, nbytes: float) -> dict[str, Option]:
+    """The option of each layer: together at most `nbytes`, where the loss falls most a byte.
+
+    No choice of no more bytes than these has less loss, up to the steps behind the first that does
+    not fit: they only use up what is left. Where even the smallest options are too large together,
+    those.
+    """
+    hulls = {layer: lower_hull(options) for layer, options in curves.items()}
+    chosen = {layer: hull[0] for layer, hull in hulls.items()}
+    left = nbytes - sum(option.nbytes for option in chosen.values())
+    steps = [
+        (_gain(one, other), layer, one, other)
+        for layer, hull in hulls.items()
+        for one, other in pairwise(hull)
+    ]
+    for _, layer, one, other in sorted(steps, key=lambda step: -step[0]):
+        if chosen[layer] is one and other.nbytes - one.nbytes <= left:
+            chosen[layer] = other
+            left -= other.nbytes - one.nbytes
+    return chosen
+
+
+def reach(curves: Curves) -> tuple[float, float]:
+    """Bytes of the smallest choice for all layers, and of the largest that is worth its bytes."""
+    hulls = [lower_hull(options) for options in curves.values()]
+    return sum(h[0].nbytes for h in hulls), sum(h[-1].nbytes for h in hulls)
+
+
+def between(tried: Sequence[Option], floor: float, steps: int) -> list[Option]:
+    """The options at thresholds between those that were tried, `steps` from one to the next.
+
+    tried   options of one bits and group_size, thresholds falling, at least two of them
+    floor   bytes with outliers kept, and none found
+
+    The logarithms of the bytes of outliers and of the loss are cubic in that of the threshold
+    between two of those tried, with the slopes that their neighbours give.
+    """
+    x = -np.log([option.outlier_threshold or math.inf for option in tried])
+    logs = (
+        np.log1p([max(option.nbytes - floor, 0.0) for option in tried]),
+        np.log([max(option.loss, sys.float_info.min) for option in tried]),
+    )
+    at = np.interp(np.arange(steps * (len(x) - 1) + 1) / steps, np.arange(len(x)), x)
+    nbytes, losses = (_cubic(at, x, y) for y in logs)
+    return [
+        replace(tried[0], outlier_threshold=float(f"{threshold:.4g}"), nbytes=size, loss=loss)
+        for threshold, size, loss in np.stack(
+            [np.exp(-at), floor + np.expm1(nbytes), np.exp(losses)], axis=1
+        ).tolist()
+    ]
+
+
+def _cubic(at: Floats, x: Floats, y: Floats) -> Floats:
+    """Cubic Hermite interpolation of (x, y), x rising, with the slopes of np.gradient."""
+    slopes = np.gradient(y, x)
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    width = x[left + 1] - x[left]
+    t = (at - x[left]) / width
+    return (
+        (1 + 2 * t) * (1 - t) ** 2 * y[left]
+        + t**2 * (3 - 2 * t) * y[left + 1]
+        + width * t * (1 - t) * ((1 - t) * slopes[left] - t * slopes[left + 1])
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a compression aims at.
+
+    bits        a weight, over all compressed linears, from the bytes on disk
+    per_layer   choose bits and group_size of each layer too, not its outlier_threshold alone
+    """
+
+    bits: float
+    per_layer: bool = False
+
+    def check(self, config: SpqrConfig) -> None:
+        """Raise ConfigError where `config` leaves nothing to choose, or says it already."""
+        if not config.use_hessian:
+            raise ConfigError(
+                "target_bits weighs errors by the Hessian, and use_hessian=False has none"
+            )
+        if config.outlier_threshold is None and not self.per_layer:
+            raise ConfigError(
+                "target_bits chooses outlier thresholds, and outlier_threshold=None keeps no"
+                " outliers; give a threshold (any), or choose per layer (per_layer)"
+            )
+        chosen = ["outlier_threshold", *(["bits", "group_size"] if self.per_layer else [])]
+        for pattern, values in config.overrides:
+            both = [name for name in chosen if name in values]
+            if both and values.get("use_hessian", True):
+                raise ConfigError(
+                    f"the override for {pattern!r} sets {both[0]}, which target_bits chooses; drop"
+                    " one of the two"
+                )
+
+    def check_reach(self, least: float, most: float, weights: int) -> None:
+        """Raise ConfigError where the target is not between two numbers of bytes."""
+        low, high = 8 * least / weights, 8 * most / weights
+        if not low <= self.bits <= high:
+            reached = f"{low:.2f} bits and more" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
+            raise ConfigError(
+                f"target_bits is {self.bits:g}, and these settings reach {reached} on this model;"
+                " aim there, or change bits, group_size or stats_group_size"
+                + ("" if self.per_layer else ", or choose them per layer (per_layer)")
+            )
+
+
+class Ration:
+    """What is left of the bytes, and what each layer to come gets of them.
+
+    curves     of the layers to compress
+    settings   of each layer, but for what an option chooses
+    nbytes     for all layers together
+
+    What a layer takes in the end differs a little from its curve: it is measured, and the layers to
+    come share what that leaves.
+    """
+
+    def __init__(self, curves: Curves, settings: Mapping[str, SpqrConfig], nbytes: float) -> None:
+        self._settings = settings
+        self._hulls = {layer: lower_hull(options) for layer, options in curves.items()}
+        self._left = nbytes
+
+    def settings_of(self, layer: str) -> SpqrConfig:
+        """What `layer` gets, if it is the next."""
+        return allocate(self._hulls, self._left)[layer].settings(self._settings[layer])
+
+    def spend(self, layer: str, nbytes: float) -> None:
+        """`layer` is compressed, and has taken `nbytes`."""
+        del self._hulls[layer]
+        self._left -= nbytes
+
+
+def curves_to_csv(curves: Curves) -> str:
+    """curves.csv: a header, then a line an option of a layer."""
+    text = io.StringIO()
+    names = ["layer", *(f.name for f in fields(Option))]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {"layer": layer, **asdict(option)}
+        for layer, options in curves.items()
+        for option in options
+    )
+    return text.getvalue()
+
+
+def read_curves(text: str) -> Curves:
+    """The curves of a curves.csv, as `curves_to_csv` wrote it."""
+    curves: dict[str, list[Option]] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        option = Option(
+            bits=int(line["bits"]),
+            group_size=int(line["group_size"]) if line["group_size"] else None,
+            outlier_threshold=float(threshold)
+            if (threshold := line["outlier_threshold"])
+            else None,
+            nbytes=float(line["nbytes"]),
+            loss=float(line["loss"]),
+        )
+        curves.setdefault(line["layer"], []).append(option)
+    return curves

@@ -1,0 +1,86 @@
+"""What the loss feels of each linear, block by block and without most of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.errors import NumericsError
+from spqr_numba.model.blocks import find_blocks, plan
+from spqr_numba.model.gradients import sensitivities
+from spqr_numba.model.integration import load_model
+from spqr_numba.model.skeleton import Parts, build_skeleton
+from spqr_numba.model.source import open_source
+
+from .architectures import ARCHITECTURES
+
+WINDOWS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def parts_of(folder: Path, device: str = "cpu") -> Parts:
+    source = open_source(str(folder))
+    model = build_skeleton(source.config, torch.float32)
+    return Parts(
+        model, find_blocks(model), source.weights(model), torch.device(device), torch.float32
+    )
+
+
+def by_autograd(folder: Path, names: list[str]) -> dict[str, float]:
+    """The same from the whole model, every window by itself."""
+    model: Any = load_model(str(folder))[0].float()
+    outputs: dict[str, torch.Tensor] = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: outputs.__setitem__(name, output)
+        )
+    model.requires_grad_(True)
+    squares = dict.fromkeys(names, 0.0)
+    for window in WINDOWS.split(1):
+        made = model(window).logits[0, :-1]
+        loss = F.cross_entropy(made, window[0, 1:], reduction="sum")
+        for name, gradient in zip(
+            names, torch.autograd.grad(loss, [outputs[name] for name in names]), strict=True
+        ):
+            squares[name] += gradient.square().mean().item() / len(WINDOWS)
+    return squares
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_block_at_a_time_is_the_whole_model(name: str, folder_of: Callable[[str], Path]) -> None:
+    parts = parts_of(folder_of(name))
+    names = list(plan(parts.blocks, SpqrConfig()))
+    with torch.no_grad():
+        felt = sensitivities(parts, names, WINDOWS, lambda _: None)
+    expected = by_autograd(folder_of(name), names)
+    assert list(felt) == names
+    for linear in names:
+        assert felt[linear] == pytest.approx(expected[linear], rel=1e-3), linear
+    assert all(parameter.is_meta for parameter in parts.model.parameters())
+
+
+def test_a_gradient_without_end_is_named(folder_of: Callable[[str], Path]) -> None:
+    parts = parts_of(folder_of("llama"))
+    real = parts._weights.read
+
+    def huge(name: str) -> torch.Tensor:
+        scale = 1e30 if name.endswith("layers.1.post_attention_layernorm.weight") else 1.0
+        return real(name).float() * scale
+
+    parts._weights.read = huge  # type: ignore[method-assign]
+    names = list(plan(parts.blocks, SpqrConfig()))
+    with torch.no_grad(), pytest.raises(NumericsError, match=r"no finite gradient at model\.l"):
+        sensitivities(parts, names, WINDOWS, lambda _: None)
+
+
+def test_what_no_token_reaches_is_an_average_linear(folder_of: Callable[[str], Path]) -> None:
+    parts = parts_of(folder_of("llama"))
+    names = list(plan(parts.blocks, SpqrConfig()))
+    with torch.no_grad():
+        felt = sensitivities(parts, [*names, "an.expert"], WINDOWS, lambda _: None)
+    assert felt.pop("an.expert") == pytest.approx(sum(felt.values()) / len(felt))

@@ -1,0 +1,107 @@
+"""What options cost, tried on a sample of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spqr_numba.config import SpqrConfig
+from spqr_numba.model.survey import Sample, candidates, least_bytes, sampled_rows
+from spqr_numba.quantize.hessian import factorize
+from spqr_numba.quantize.solver import quantize_weight
+
+from ..problems import make_problem
+
+CONFIG = SpqrConfig(damping=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 128, 130, 1000, 1001])
+@pytest.mark.parametrize("block", [8, 16, 128])
+def test_samples_are_whole_stats_blocks(rows: int, block: int) -> None:
+    sampled = sampled_rows(rows, block)
+    assert sampled.unique().equal(sampled)
+    assert len(sampled) >= min(rows, 128 - block)
+    assert len(sampled) <= 128 + block
+    for start in sampled[::block].tolist():
+        assert start % block == 0
+    assert sampled[0] == 0
+    assert sampled[-1] == rows - 1 or rows > 128
+
+
+def sample_of(rows: int) -> tuple[Sample, torch.Tensor]:
+    problem = make_problem(rows, 64)
+    factor = factorize(problem.hessian, CONFIG)
+    return Sample.of(problem.weight, factor, CONFIG, felt=0.5), problem.weight
+
+
+def test_of_a_small_weight_the_options_are_exact() -> None:
+    sample, weight = sample_of(96)
+    for threshold in (None, 0.3, 0.05):
+        config = replace(CONFIG, bits=4, group_size=8, outlier_threshold=threshold)
+        option = sample.option(config)
+        result = quantize_weight(weight, sample.factor, config)
+        assert option.nbytes == result.matrix.nbytes
+        assert option.loss == pytest.approx(0.5 * result.report.loss)
+        assert option.settings(CONFIG) == config
+
+
+def test_a_sample_tells_of_the_whole() -> None:
+    sample, weight = sample_of(2048)
+    assert len(sample.weight) == 128
+    for threshold in (None, 0.2, 0.05):
+        config = replace(CONFIG, outlier_threshold=threshold)
+        option = sample.option(config)
+        result = quantize_weight(weight, sample.factor, config)
+        assert option.nbytes == pytest.approx(result.matrix.nbytes, rel=0.05)
+        assert option.loss == pytest.approx(0.5 * result.report.loss, rel=0.2)
+
+
+def test_the_samples_threshold_is_that_of_the_whole() -> None:
+    """However much more its rows vary."""
+    problem = make_problem(1024, 64)
+    weight = problem.weight
+    weight[:16] *= 50
+    factor = factorize(problem.hessian, CONFIG)
+    sample = Sample.of(weight, factor, CONFIG, felt=1.0)
+    whole = quantize_weight(weight, factor, CONFIG).report.threshold
+    part = quantize_weight(
+        sample.weight, factor, replace(CONFIG, outlier_threshold=0.2 * sample.stretch)
+    ).report.threshold
+    assert part == pytest.approx(whole, rel=1e-4)
+
+
+def test_candidates() -> None:
+    assert candidates(CONFIG, per_layer=False) == [CONFIG]
+    found = candidates(replace(CONFIG, bits=5, group_size=64), per_layer=True)
+    assert [(c.bits, c.group_size) for c in found] == [
+        (5, 64), *((bits, size) for bits in (2, 3, 4) for size in (8, 16, 32))
+    ]  # fmt: skip
+    assert len(candidates(CONFIG, per_layer=True)) == 9
+
+
+def test_options_without_outliers() -> None:
+    sample, _ = sample_of(16)
+    config = replace(CONFIG, outlier_threshold=None)
+    options = sample.options(config, per_layer=True)
+    assert len(options) == 9
+    assert all(option.outlier_threshold is None for option in options)
+
+
+def test_options_lie_on_falling_thresholds() -> None:
+    sample, _ = sample_of(64)
+    none, *kept = sample.options(CONFIG, per_layer=False)
+    assert none.outlier_threshold is None
+    thresholds = [option.outlier_threshold for option in kept]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert (thresholds[0], thresholds[-1]) == (0.8, 0.05)
+    assert all(none.nbytes < option.nbytes for option in kept)
+
+
+def test_the_least_bytes_need_no_measurement() -> None:
+    sample, weight = sample_of(48)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    for per_layer in (False, True):
+        smallest = min(option.nbytes for option in sample.options(CONFIG, per_layer))
+        assert least_bytes(CONFIG, linear, per_layer) == smallest
