@@ -50,13 +50,15 @@ def baseline_configs(bits: int = 3) -> list[SpqrConfig]:
 
 
 def describe(config: SpqrConfig) -> str:
-    """A config in a few words: "GPTQ 3 bit", "SpQR 3 bit, group 16"."""
+    """A config in a few words: "GPTQ 3 bit", "SpQR 3 bit, group 16", "SpQR by layer"."""
     if not config.use_hessian:
         method = "RTN"
     elif config.outlier_threshold is None and config.scale_bits == config.zero_bits == DENSE_BITS:
         method = "GPTQ"
     else:
         method = "SpQR"
+    if any({"bits", "group_size"} & set(values) for _, values in config.overrides):
+        return f"{method} by layer"
     group = "" if config.group_size is None else f", group {config.group_size}"
     return f"{method} {config.bits} bit{group}"
 

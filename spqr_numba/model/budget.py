@@ -73,6 +73,7 @@ class Option:
 
 Curves = Mapping[str, Sequence[Option]]
 """Full name of a layer -> its options."""
+Hulls = Mapping[str, list[Option]]
 
 
 def lower_hull(options: Iterable[Option]) -> list[Option]:
@@ -100,15 +101,23 @@ def allocate(curves: Curves, nbytes: float) -> dict[str, Option]:
     those.
     """
     hulls = {layer: lower_hull(options) for layer, options in curves.items()}
+    return _walk(hulls, _steps(hulls), nbytes)
+
+
+def _steps(hulls: Hulls) -> list[tuple[str, Option, Option]]:
+    """(layer, option, the next on its hull), the steepest first."""
+    steps = [(layer, *pair) for layer, hull in hulls.items() for pair in pairwise(hull)]
+    return sorted(steps, key=lambda step: -_gain(*step[1:]))
+
+
+def _walk(
+    hulls: Hulls, steps: Iterable[tuple[str, Option, Option]], nbytes: float
+) -> dict[str, Option]:
+    """The option of each layer of `hulls`, behind all steps that fit; other layers' are ignored."""
     chosen = {layer: hull[0] for layer, hull in hulls.items()}
     left = nbytes - sum(option.nbytes for option in chosen.values())
-    steps = [
-        (_gain(one, other), layer, one, other)
-        for layer, hull in hulls.items()
-        for one, other in pairwise(hull)
-    ]
-    for _, layer, one, other in sorted(steps, key=lambda step: -step[0]):
-        if chosen[layer] is one and other.nbytes - one.nbytes <= left:
+    for layer, one, other in steps:
+        if chosen.get(layer) is one and other.nbytes - one.nbytes <= left:
             chosen[layer] = other
             left -= other.nbytes - one.nbytes
     return chosen
@@ -214,11 +223,13 @@ class Ration:
     def __init__(self, curves: Curves, settings: Mapping[str, SpqrConfig], nbytes: float) -> None:
         self._settings = settings
         self._hulls = {layer: lower_hull(options) for layer, options in curves.items()}
+        self._steps = _steps(self._hulls)
         self._left = nbytes
 
     def settings_of(self, layer: str) -> SpqrConfig:
         """What `layer` gets, if it is the next."""
-        return allocate(self._hulls, self._left)[layer].settings(self._settings[layer])
+        chosen = _walk(self._hulls, self._steps, self._left)[layer]
+        return chosen.settings(self._settings[layer])
 
     def spend(self, layer: str, nbytes: float) -> None:
         """`layer` is compressed, and has taken `nbytes`."""

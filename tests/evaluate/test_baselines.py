@@ -21,6 +21,8 @@ from ..tiny import tiny_llama
         (SpqrConfig(), "SpQR 3 bit, group 16"),
         (SpqrConfig(outlier_threshold=None), "SpQR 3 bit, group 16"),
         (PRESETS["paper-4bit"], "SpQR 4 bit, group 16"),
+        (SpqrConfig(overrides=(("q", {"damping": 0.5}),)), "SpQR 3 bit, group 16"),
+        (SpqrConfig(overrides=(("q", {"bits": 4}),)), "SpQR by layer"),
     ],
 )
 def test_describe(config: SpqrConfig, name: str) -> None:
