@@ -34,6 +34,8 @@ NEAREST = {
     "outlier_threshold": None,
     "permutation": "identity",
     "fit": "min-max",
+    "true_sequential": False,
+    "asymmetric": False,
 }
 
 
@@ -238,7 +240,7 @@ config_options = _apply(
             type=float,
             help="Share of the mean of the Hessian's diagonal added to it.",
         ),
-        click.option("--round-zero", is_flag=True, help="Round zeros to integers."),
+        click.option("--round-zero", is_flag=True, default=None, help="Round zeros to integers."),
         click.option(
             "--round_zero",
             "round_zero_number",
@@ -246,17 +248,19 @@ config_options = _apply(
             metavar="0|1",
             help="The same, in the reference implementation's form.",
         ),
-        click.option(
-            "--true-sequential",
-            "--true_sequential",
+        _setting(
             "true_sequential",
-            is_flag=True,
+            "--true-sequential/--no-true-sequential",
+            "--true_sequential",
+            default=None,
             help="Calibrate each linear on the outputs of the compressed ones before it.",
         ),
-        click.option(
-            "--asymmetric",
-            is_flag=True,
-            help="Aim at the dense model's outputs, so that later layers mend earlier errors.",
+        _setting(
+            "asymmetric",
+            "--asymmetric/--no-asymmetric",
+            default=None,
+            help="Aim at the dense model's outputs, so that later linears mend what earlier ones"
+            " lost; best with --true-sequential.",
         ),
         click.option(
             "--nearest",
@@ -303,7 +307,7 @@ def config_from(values: dict[str, Any]) -> SpqrConfig:
     settings: dict[str, Any] = dict(NEAREST) if values.pop("nearest") else {}
     for name in {field.name for field in fields(SpqrConfig)} & set(values):
         value = values.pop(name)
-        if value is not None and value is not False and value != ():
+        if value is not None and value != ():
             settings[name] = value
     if settings.get("group_size") == WHOLE_ROW:
         settings["group_size"] = None
