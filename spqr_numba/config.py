@@ -52,7 +52,7 @@ class SpqrConfig:
     true_sequential      quantize the linears of a block in the order in which they run, each
                          calibrated on the outputs of the ones before
     asymmetric           aim at what each linear returns in the dense model, where its inputs are
-                         others: errors of the blocks before are made good as far as it can
+                         others; pays with true_sequential, which shows it a block's own errors
     on_failed_factorization  what to do with a Hessian that no damping makes positive definite
     skip                 regular expressions of module names to leave as they are
     overrides            (regular expression, {field: value}) pairs; the first match wins
