@@ -37,8 +37,8 @@ PART = 4096  # columns of an error that are float64 at once
 class WeightReport:
     """What quantizing one weight did.
 
-    loss              tr((W - W_hat) H (W - W_hat)^T), also where W_hat aims at another weight than W
-                      (drift.py) and so is farther from it; without H, the squared error
+    loss              tr((W - W_hat) H (W - W_hat)^T), also where W_hat aims at another weight
+                      (drift.py) and so is farther from W; without H, the squared error
     relative_loss     loss / tr(W H W^T)
     threshold         T on err^2, inf where no outliers are kept
     error_before      sum of err^2 as quantized, before outliers are taken out
