@@ -1,12 +1,14 @@
-"""What `spqr eval` and `spqr demo` share: models to rows, rows to a table."""
+"""What `spqr eval`, `demo` and `sweep` share: texts to windows, models to rows to a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from ._command import Cell, format_bytes, progress_bar
 
@@ -16,9 +18,10 @@ if TYPE_CHECKING:
     from spqr_numba.config import SpqrConfig
     from spqr_numba.evaluate.baselines import Measurement
 
-__all__ = ["baseline_rows", "compressed", "measure", "table"]
+__all__ = ["baseline_rows", "compressed", "measure", "table", "text_windows"]
 
 Windows = Mapping[str, "torch.Tensor"]
+DEFAULT_TEXT = "manual"
 
 
 def measure(model: Any, windows: Windows, name: str | None = None) -> Measurement:
@@ -27,6 +30,22 @@ def measure(model: Any, windows: Windows, name: str | None = None) -> Measuremen
 
     with progress_bar(sum(map(len, windows.values())), "evaluating", "window") as bar:
         return baselines.measure(model, windows, name, bar.update)
+
+
+def text_windows(
+    datasets: Sequence[str], tokenizer: Any, seqlen: int, limit: int | None
+) -> dict[str, torch.Tensor]:
+    """Name of each text (without any, the manual) -> its windows, int64 [N, seqlen]."""
+    from spqr_numba.model.calibration import consecutive_windows, load_tokens
+
+    windows: dict[str, torch.Tensor] = {}
+    for dataset in datasets or (None,):
+        name = Path(dataset).stem if dataset else DEFAULT_TEXT
+        if name in windows:
+            raise click.UsageError(f"two texts are called {name!r}; rename the file of one")
+        tokens = load_tokens(dataset, tokenizer, "test")
+        windows[name] = consecutive_windows(tokens, seqlen, limit)
+    return windows
 
 
 @contextmanager

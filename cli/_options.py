@@ -6,23 +6,36 @@ command line published for it works here as it stands.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from spqr_numba.config import DEFAULT_PRESET, FITS, PERMUTATIONS, PRESETS, SpqrConfig
+from spqr_numba.config import (
+    DEFAULT_PRESET,
+    FITS,
+    OUTLIER_SEARCHES,
+    PERMUTATIONS,
+    PRESETS,
+    SpqrConfig,
+)
 
 __all__ = [
     "FILE",
+    "Several",
     "calibration_options",
     "config_from",
     "config_options",
     "device_option",
+    "grid_from",
+    "grid_options",
     "model_argument",
     "seqlen_option",
+    "skip_option",
+    "text_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,6 +62,35 @@ class GroupSize(click.ParamType):
         if value in (WHOLE_ROW, "-1"):
             return WHOLE_ROW
         return click.INT.convert(value, param, ctx)
+
+
+class Threshold(click.ParamType):
+    """A number, or "none" for infinity: no weight is an outlier."""
+
+    name = "float|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float."""
+        return math.inf if value == "none" else click.FLOAT.convert(value, param, ctx)
+
+
+class Several(click.ParamType):
+    """Values of one type, with commas between them."""
+
+    name = "list"
+
+    def __init__(self, one: click.ParamType) -> None:
+        self.one = one
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """That of one value, and dots."""
+        return f"{self.one.get_metavar(param, ctx) or self.one.name.upper()},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.one.convert(each.strip(), param, ctx) for each in value.split(","))
 
 
 class Dashed(click.Choice[str]):
@@ -85,10 +127,37 @@ def _parse_value(text: str) -> bool | int | float | str | None:
     return text
 
 
-def _setting(field: str, *names: str, help: str, **kwargs: Any) -> Callable[[F], F]:
-    """An option for a field of SpqrConfig; without it, what the preset says."""
-    default = getattr(PRESETS[DEFAULT_PRESET], field)
-    return click.option(*names, field, help=f"{help}  [{DEFAULT_PRESET}: {default}]", **kwargs)
+@dataclass(frozen=True)
+class Setting:
+    """A field of SpqrConfig as an option; without it, what the preset says."""
+
+    field: str
+    names: tuple[str, ...]
+    type: click.ParamType
+    help: str
+
+    def option(self) -> Callable[[F], F]:
+        """One value."""
+        return click.option(*self.names, self.field, type=self.type, help=self._help)
+
+    def switch(self) -> Callable[[F], F]:
+        """On, or off where the preset has it on."""
+        first, *others = self.names
+        both = f"{first}/--no-{first.removeprefix('--')}"
+        return click.option(both, *others, self.field, default=None, help=self._help)
+
+    def several(self) -> Callable[[F], F]:
+        """A value or several of them."""
+        metavar = "[on|off],..." if self.type is click.BOOL else None
+        return click.option(
+            *self.names, self.field, type=Several(self.type), metavar=metavar, help=self.help
+        )
+
+    @property
+    def _help(self) -> str:
+        """With what the default preset says."""
+        default = getattr(PRESETS[DEFAULT_PRESET], self.field)
+        return f"{self.help}  [{DEFAULT_PRESET}: {default}]"
 
 
 def _refuse(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -150,6 +219,20 @@ seqlen_option = click.option(
     help="Tokens a window.  [default: the model's context, 2048 at most]",
 )
 
+text_options = _apply(
+    [
+        click.option(
+            "--dataset",
+            "datasets",
+            metavar="DATASET",
+            multiple=True,
+            help="Text to predict, as for `spqr compress`.  [repeatable; default: Python's manual]",
+        ),
+        seqlen_option,
+        click.option("--nsamples", type=int, help="Only so many windows of each text."),
+    ]
+)
+
 calibration_options = _apply(
     [
         click.option(
@@ -166,6 +249,93 @@ calibration_options = _apply(
     ]
 )
 
+SETTINGS = [
+    Setting("bits", ("--bits", "--wbits"), click.INT, "Bits of a weight code."),
+    Setting(
+        "group_size",
+        ("--group-size", "--groupsize"),
+        GroupSize(),
+        "Columns of a row that share a scale and a zero.",
+    ),
+    Setting(
+        "stats_group_size",
+        ("--stats-group-size", "--qq_groupsize"),
+        click.INT,
+        "Rows whose scales and zeros share second-level statistics.",
+    ),
+    Setting(
+        "scale_bits",
+        ("--scale-bits", "--qq_scale_bits"),
+        click.INT,
+        "Bits of a scale; 16 keeps it in fp16.",
+    ),
+    Setting(
+        "zero_bits",
+        ("--zero-bits", "--qq_zero_bits"),
+        click.INT,
+        "Bits of a zero; 16 keeps it in fp16.",
+    ),
+    Setting(
+        "fit",
+        ("--fit",),
+        click.Choice(FITS),
+        "How scales and zeros are chosen: joint is closer at equal bits.",
+    ),
+    Setting(
+        "outlier_threshold",
+        ("--outlier-threshold", "--outlier_threshold"),
+        Threshold(),
+        "Relative error above which a weight is kept in fp16; none keeps none.",
+    ),
+    Setting(
+        "permutation",
+        ("--permutation", "--permutation_order"),
+        Dashed(PERMUTATIONS),
+        "Order in which input columns are quantized.",
+    ),
+    Setting(
+        "damping",
+        ("--damping", "--percdamp"),
+        click.FLOAT,
+        "Share of the mean of the Hessian's diagonal added to it.",
+    ),
+]
+SWITCHES = [
+    Setting(
+        "true_sequential",
+        ("--true-sequential", "--true_sequential"),
+        click.BOOL,
+        "Calibrate each linear on the outputs of the compressed ones before it.",
+    ),
+    Setting(
+        "asymmetric",
+        ("--asymmetric",),
+        click.BOOL,
+        "Aim at the dense model's outputs, so that later linears mend what earlier ones lost; best"
+        " with --true-sequential.",
+    ),
+    Setting("round_zero", ("--round-zero",), click.BOOL, "Round zeros to integers."),
+]
+SEARCH = Setting(
+    "outlier_search",
+    ("--outlier-search",),
+    click.Choice(OUTLIER_SEARCHES),
+    "Find outliers before a group's grid is fitted, or only while quantizing.",
+)
+GRID = [*SETTINGS, SEARCH, *SWITCHES]
+
+PRESET_HELP = (
+    "near-lossless makes about 4.5 bits a weight, balanced 3.9, small 3.3; paper and paper-4bit are"
+    " the paper's recipes, exactly."
+)
+
+skip_option = click.option(
+    "--skip",
+    metavar="REGEX",
+    multiple=True,
+    help="Leave modules whose name it finds as they are.  [repeatable]",
+)
+
 config_options = _apply(
     [
         click.option(
@@ -173,52 +343,10 @@ config_options = _apply(
             type=click.Choice(list(PRESETS)),
             default=DEFAULT_PRESET,
             show_default=True,
-            help="Settings to start from, which the options below change: near-lossless makes about"
-            " 4.5 bits a weight, balanced 3.9, small 3.3; paper and paper-4bit are the paper's"
-            " recipes, exactly.",
+            help=f"Settings to start from, which the options below change: {PRESET_HELP}",
         ),
-        _setting("bits", "--bits", "--wbits", type=int, help="Bits of a weight code."),
-        _setting(
-            "group_size",
-            "--group-size",
-            "--groupsize",
-            type=GroupSize(),
-            help="Columns of a row that share a scale and a zero.",
-        ),
-        _setting(
-            "stats_group_size",
-            "--stats-group-size",
-            "--qq_groupsize",
-            type=int,
-            help="Rows whose scales and zeros share second-level statistics.",
-        ),
-        _setting(
-            "scale_bits",
-            "--scale-bits",
-            "--qq_scale_bits",
-            type=int,
-            help="Bits of a scale; 16 keeps it in fp16.",
-        ),
-        _setting(
-            "zero_bits",
-            "--zero-bits",
-            "--qq_zero_bits",
-            type=int,
-            help="Bits of a zero; 16 keeps it in fp16.",
-        ),
-        _setting(
-            "fit",
-            "--fit",
-            type=click.Choice(FITS),
-            help="How scales and zeros are chosen: joint is closer at equal bits.",
-        ),
-        _setting(
-            "outlier_threshold",
-            "--outlier-threshold",
-            "--outlier_threshold",
-            type=float,
-            help="Relative error above which a weight is kept in fp16; inf keeps none.",
-        ),
+        *(setting.option() for setting in SETTINGS),
+        *(switch.switch() for switch in SWITCHES),
         click.option(
             "--simplified-outliers",
             "--simplified_outliers",
@@ -226,41 +354,12 @@ config_options = _apply(
             is_flag=True,
             help="Skip the leave-one-out search for outliers.",
         ),
-        _setting(
-            "permutation",
-            "--permutation",
-            "--permutation_order",
-            type=Dashed(PERMUTATIONS),
-            help="Order in which input columns are quantized.",
-        ),
-        _setting(
-            "damping",
-            "--damping",
-            "--percdamp",
-            type=float,
-            help="Share of the mean of the Hessian's diagonal added to it.",
-        ),
-        click.option("--round-zero", is_flag=True, default=None, help="Round zeros to integers."),
         click.option(
             "--round_zero",
             "round_zero_number",
             type=click.IntRange(0, 1),
             metavar="0|1",
-            help="The same, in the reference implementation's form.",
-        ),
-        _setting(
-            "true_sequential",
-            "--true-sequential/--no-true-sequential",
-            "--true_sequential",
-            default=None,
-            help="Calibrate each linear on the outputs of the compressed ones before it.",
-        ),
-        _setting(
-            "asymmetric",
-            "--asymmetric/--no-asymmetric",
-            default=None,
-            help="Aim at the dense model's outputs, so that later linears mend what earlier ones"
-            " lost; best with --true-sequential.",
+            help="As --round-zero, in the reference implementation's form.",
         ),
         click.option(
             "--nearest",
@@ -272,12 +371,7 @@ config_options = _apply(
             type=click.Choice(["error", "round-to-nearest"]),
             help="What to do with a layer whose Hessian no damping can factorise.",
         ),
-        click.option(
-            "--skip",
-            metavar="REGEX",
-            multiple=True,
-            help="Leave modules whose name it finds as they are.  [repeatable]",
-        ),
+        skip_option,
         click.option(
             "--override",
             "overrides",
@@ -290,6 +384,20 @@ config_options = _apply(
         _accepted("--skip_out_loss", "losses come from the Hessian and cost next to nothing"),
         _refused("--sym"),
         _refused("--qq_zero_sym"),
+    ]
+)
+
+grid_options = _apply(
+    [
+        click.option(
+            "--preset",
+            "presets",
+            type=Several(click.Choice(list(PRESETS))),
+            default=DEFAULT_PRESET,
+            show_default=True,
+            help=f"Settings to start from: {PRESET_HELP}",
+        ),
+        *(setting.several() for setting in GRID),
     ]
 )
 
@@ -314,6 +422,16 @@ def config_from(values: dict[str, Any]) -> SpqrConfig:
     if "overrides" in settings:
         settings["overrides"] = _merge(settings["overrides"])
     return replace(preset, **settings)
+
+
+def grid_from(values: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]:
+    """Take what `grid_options` added out of `values`: (presets, field -> its values)."""
+    given = {setting.field: values.pop(setting.field) for setting in GRID}
+    return values.pop("presets"), {
+        field: tuple(None if value == WHOLE_ROW else value for value in several)
+        for field, several in given.items()
+        if several is not None
+    }
 
 
 def _merge(overrides: Iterable[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, Any], ...]:

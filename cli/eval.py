@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._command import Command, echo_table, emit
-from ._comparison import baseline_rows, measure, table
-from ._options import model_argument, seqlen_option
+from ._comparison import baseline_rows, measure, table, text_windows
+from ._options import model_argument, text_options
 
 if TYPE_CHECKING:
     import torch
@@ -19,20 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-DEFAULT_TEXT = "manual"
-
 
 @click.command("eval", cls=Command)
 @model_argument
-@click.option(
-    "--dataset",
-    "datasets",
-    metavar="DATASET",
-    multiple=True,
-    help="Text to predict, as for `spqr compress`.  [repeatable; default: Python's manual]",
-)
-@seqlen_option
-@click.option("--nsamples", type=int, help="Only so many windows of each text.")
+@text_options
 @click.option("--baselines", is_flag=True, help="Add rows for fp16, RTN and GPTQ.")
 @click.option("--dense", help="With --baselines: the model they start from.  [default: MODEL]")
 @click.option("--bits", default=3, show_default=True, help="With --baselines: of RTN and GPTQ.")
@@ -69,27 +58,13 @@ def evaluate(
 
     loaded, tokenizer = load_model(model)
     length = window_length(loaded.config, seqlen)
-    windows = _windows(datasets, tokenizer, length, nsamples)
+    windows = text_windows(datasets, tokenizer, length, nsamples)
     if baselines:
         keywords = {"dataset": calibration, "nsamples": calibration_nsamples, "seqlen": length}
         rows = list(_with_baselines(model, loaded, windows, dense, bits, keywords))
     else:
         rows = [measure(loaded, windows)]
     emit([row.to_dict() for row in rows], as_json, lambda: echo_table(table(rows)))
-
-
-def _windows(
-    datasets: tuple[str, ...], tokenizer: Any, seqlen: int, limit: int | None
-) -> dict[str, torch.Tensor]:
-    """Name of each text -> its windows, int64 [N, seqlen]."""
-    from spqr_numba.model.calibration import consecutive_windows, load_tokens
-
-    return {
-        Path(dataset).stem if dataset else DEFAULT_TEXT: consecutive_windows(
-            load_tokens(dataset, tokenizer, "test"), seqlen, limit
-        )
-        for dataset in datasets or (None,)
-    }
 
 
 def _with_baselines(

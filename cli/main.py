@@ -12,6 +12,7 @@ from .demo import demo
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
+from .sweep import sweep
 
 __all__ = ["main"]
 
@@ -22,5 +23,5 @@ def main() -> None:
     """Compress language models to 3 to 5 bits a weight, and use them."""
 
 
-for command in (compress, evaluate, generate, inspect, demo, bench):
+for command in (compress, evaluate, generate, inspect, sweep, demo, bench):
     main.add_command(command)

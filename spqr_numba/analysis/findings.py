@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .checkpoint import PARTS, LayerSummary
 from .maps import LayerMap
+from .points import SettingSummary, frontier
 
 __all__ = [
     "Totals",
@@ -15,6 +16,7 @@ __all__ = [
     "map_finding",
     "outlier_finding",
     "structure_finding",
+    "sweep_finding",
     "totals",
 ]
 
@@ -94,3 +96,15 @@ def structure_finding(picture: LayerMap) -> str:
     rest = scores.pop("unstructured")
     found = [f"{share:.0%} in heavy {n.replace('_', ' ')}" for n, share in scores.items() if share]
     return f"Of its outliers, {', '.join([*found, f'{rest:.0%} in no pattern'])}."
+
+
+def sweep_finding(
+    text: str, shown: Sequence[SettingSummary], left_out: Sequence[SettingSummary]
+) -> str:
+    """How many of the settings that a plot shows are worth their bits, and which it leaves out."""
+    best = len(frontier(shown))
+    finding = f"{text}: {best} of {len(shown)} settings are beaten by none of fewer bits"
+    if not left_out:
+        return finding
+    others = ", ".join(f"{setting.name} ({setting.perplexity:,.0f})" for setting in left_out)
+    return f"{finding}\nnot shown: {others}"

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, SpqrError
 from .checkpoint import PARTS, LayerSummary, by_depth_and_kind
-from .findings import bits_finding, loss_finding, map_finding, outlier_finding
+from .findings import bits_finding, loss_finding, map_finding, outlier_finding, sweep_finding
 from .maps import LayerMap, pooled
 from .page import PART_COLORS
+from .points import DENSE, SettingSummary, SweepPoint, frontier, summaries
 from .sensitivity import Floats, StatisticsEffect
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "check_format",
     "plot_checkpoint",
     "plot_error_share",
     "plot_frontier",
     "plot_sensitivity",
     "plot_statistics",
     "plot_structure",
+    "plot_sweep",
     "plot_times",
     "save",
 ]
@@ -39,6 +42,8 @@ DECADES = 3.0
 COLORS = "Blues"  # one hue, dark is much: reads the same in greyscale
 PATTERN_COLORS = ("#08306b", "#4a90c8", "#a9cfe8", "#d95f0e", "#cccccc")
 MARKERS = "os^Dv"
+FAR = 2.0
+BITS_LABEL = "bits a weight, measured"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -54,10 +59,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the file's name. Raises InputError for an unknown one."""
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    check_format(path)
+    figure.savefig(path, dpi=120)
+
+
+def check_format(path: Path) -> None:
+    """Raise InputError for a file name whose format is unknown, SpqrError without matplotlib."""
+    known = sorted(new_figure(1, 1).canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"cannot write {path}: its name must end in one of {', '.join(known)}")
 
 
 def plot_sensitivity(values: Floats, title: str, axes: Axes | None = None) -> Figure:
@@ -131,11 +141,24 @@ def plot_frontier(
         bits, perplexities = zip(*sorted(series), strict=True)
         axes.plot(bits, perplexities, marker=MARKERS[index % len(MARKERS)], label=name)
     axes.axhline(dense, color="#888888", ls="--", label="dense, 16 bits")
-    axes.set(title=title, xlabel="bits a weight, measured", ylabel="perplexity (logarithmic)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")  # a decade would often have no other number
+    axes.set(title=title, xlabel=BITS_LABEL)
+    _scale_perplexity(axes)
     axes.legend(frameon=False)
+    return figure
+
+
+def plot_sweep(points: Sequence[SweepPoint]) -> Figure:
+    """Perplexity over bits, a panel a text: each setting, the range of its seeds, the frontier.
+
+    A setting whose perplexity is more than FAR times the best one's would flatten all others: the
+    title names it instead. Raises InputError for no setting at all.
+    """
+    if all(point.config is None for point in points):
+        raise InputError("the sweep holds no setting yet: there is nothing to draw")
+    texts = list(points[0].perplexity)
+    figure = new_figure(7 * len(texts), 6)
+    for index, text in enumerate(texts):
+        _plot_settings(figure.add_subplot(1, len(texts), index + 1), summaries(points, text), text)
     return figure
 
 
@@ -150,6 +173,32 @@ def plot_checkpoint(layers: Sequence[LayerSummary], picture: LayerMap) -> Figure
     shape = (picture.rows, picture.columns)
     logarithmic = picture.measure == "sensitivity"
     _plot_map(panels[3], picture.picture, shape, map_finding(picture), logarithmic)
+    return figure
+
+
+def plot_times(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Bars of `spqr bench matmul`: each candidate's speed over torch's dense product, a cluster a
+    shape and batch; microseconds above each bar."""
+    names = [key.removesuffix(" us") for key in rows[0] if key.endswith(" us")]
+    names.remove("spread")
+    base = "fp16 us" if "fp16 us" in rows[0] else "fp32 us"
+    figure = new_figure(2 + 1.6 * len(rows), 4)
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width
+        times = [row[f"{name} us"] or np.nan for row in rows]
+        speeds = [row[base] / time for row, time in zip(rows, times, strict=True)]
+        shade = str(0.8 * i / max(1, len(names) - 1))
+        bars = axes.bar(places, speeds, width, label=name, color=shade)
+        labels = ["" if np.isnan(time) else f"{time:.3g}" for time in times]
+        axes.bar_label(bars, labels, fontsize=6, padding=1)
+    ticks = [f"{row['m x n']}\nbatch {row['batch']}" for row in rows]
+    axes.set_xticks(range(len(rows)), ticks, fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_ylabel(f"speed over {base.removesuffix(' us')} (above: microseconds)")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(names))
     return figure
 
 
@@ -211,27 +260,53 @@ def _plot_map(
     figure.colorbar(image, ax=axes, label=label)
 
 
-def plot_times(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Bars of `spqr bench matmul`: each candidate's speed over torch's dense product, a cluster a
-    shape and batch; microseconds above each bar."""
-    names = [key.removesuffix(" us") for key in rows[0] if key.endswith(" us")]
-    names.remove("spread")
-    base = "fp16 us" if "fp16 us" in rows[0] else "fp32 us"
-    figure = new_figure(2 + 1.6 * len(rows), 4)
-    axes = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        places = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width
-        times = [row[f"{name} us"] or np.nan for row in rows]
-        speeds = [row[base] / time for row, time in zip(rows, times, strict=True)]
-        shade = str(0.8 * i / max(1, len(names) - 1))
-        bars = axes.bar(places, speeds, width, label=name, color=shade)
-        labels = ["" if np.isnan(time) else f"{time:.3g}" for time in times]
-        axes.bar_label(bars, labels, fontsize=6, padding=1)
-    ticks = [f"{row['m x n']}\nbatch {row['batch']}" for row in rows]
-    axes.set_xticks(range(len(rows)), ticks, fontsize=8)
-    axes.axhline(1, color="black", linewidth=0.5)
-    axes.set_ylabel(f"speed over {base.removesuffix(' us')} (above: microseconds)")
-    axes.set_title(title)
-    figure.legend(loc="outside lower center", fontsize=8, ncols=len(names))
-    return figure
+def _plot_settings(axes: Axes, settings: Sequence[SettingSummary], text: str) -> None:
+    """One panel of a sweep."""
+    compressed = [setting for setting in settings if setting.name != DENSE]
+    limit = FAR * min(setting.perplexity for setting in compressed)
+    near = [setting for setting in compressed if setting.perplexity <= limit]
+    far = [setting for setting in compressed if setting.perplexity > limit]
+    for index, family in enumerate(dict.fromkeys(setting.family for setting in near)):
+        members = [setting for setting in near if setting.family == family]
+        _plot_family(axes, members, MARKERS[index % len(MARKERS)])
+    for setting in settings:
+        if setting.name == DENSE:
+            axes.axhline(setting.perplexity, color="#888888", ls="--", label="dense, 16 bits")
+    axes.set(title=sweep_finding(text, near, far), xlabel=BITS_LABEL)
+    axes.title.set_fontsize("medium")
+    _scale_perplexity(axes)
+    axes.add_artist(axes.legend(frameon=False))
+    _plot_frontier_line(axes, frontier(near))
+
+
+def _plot_family(axes: Axes, members: Sequence[SettingSummary], marker: str) -> None:
+    """Settings that vary one thing, each with the range of its seeds."""
+    bits = [setting.bits for setting in members]
+    means = np.array([setting.perplexity for setting in members])
+    ranges = np.array([(setting.low, setting.high) for setting in members]).T
+    axes.errorbar(bits, means, abs(ranges - means), ls="", marker=marker, label=members[0].family)
+
+
+def _plot_frontier_line(axes: Axes, best: Sequence[SettingSummary]) -> None:
+    """A line through the settings that none beats, numbered on its empty side, named below."""
+    bits = [setting.bits for setting in best]
+    axes.plot(bits, [setting.perplexity for setting in best], color="#bbbbbb", zorder=0)
+    names = []
+    for number, setting in enumerate(best, 1):
+        place = (setting.bits, setting.perplexity)
+        axes.annotate(str(number), place, (-10, -12), textcoords="offset points", fontsize="small")
+        names += axes.plot([], [], " ", label=f"{number}  {setting.name}")
+    axes.legend(
+        handles=names,
+        frameon=False,
+        fontsize="small",
+        handlelength=0,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+    )
+
+
+def _scale_perplexity(axes: Axes) -> None:
+    axes.set(ylabel="perplexity (logarithmic)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")  # a decade would often have no other number

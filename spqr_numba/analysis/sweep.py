@@ -1,87 +1,241 @@
-"""Many settings on one model: bits and perplexity of each, with every Hessian made once.
+"""Many settings on one model: bits and perplexity of each, kept in a folder that can grow.
 
-Each linear is calibrated on what the dense model gives it. `compress` calibrates it on what the
-compressed blocks before it give, which needs a pass a setting, so its numbers differ a little and
-have the last word. The model and all its Hessians are in memory.
+Each setting is compressed by `compress`, every block calibrated on what the compressed ones before
+it give, and the folder that this wrote is loaded and measured: a point is what `spqr compress` and
+`spqr eval` give for the setting. Nothing is shared between settings. Hessians of the dense model
+could be made once for all, but they are not those that a setting meets: on the bundled model they
+move its perplexity by up to a percent, and `true_sequential` would mean nothing.
+
+In work, OUT also holds a checkpoint under a name made from its setting and seed, so that the same
+call continues it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config import SpqrConfig
+from ..errors import NumericsError
 from ..evaluate.perplexity import perplexity
+from ..model.calibration import load_tokens, window_length
+from ..model.compress import Progress, compress
 from ..model.integration import load_model
-from ..quantize.hessian import Factorization, factorize
-from ..quantize.solver import quantize_weight
-from .layers import CalibratedLayer, calibrated_layers
+from ..model.report import LAYERS_FILE, read_rows
+from ..model.source import Source, open_source
+from .checkpoint import inspect_checkpoint
+from .findings import totals
+from .points import DENSE, SweepFolder, SweepPoint
 
-__all__ = ["SweepPoint", "sweep"]
+__all__ = ["sweep"]
 
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """What one setting is worth.
-
-    bits            bits a weight of the compressed linears, from the bytes of their buffers
-    outlier_share   outliers a weight
-    perplexity      of the whole model
-    """
-
-    name: str
-    bits: float
-    outlier_share: float
-    perplexity: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
+DENSE_BITS = 16.0
+STEPS = 100  # of a progress bar for each point: half of them compress it, half measure it
 
 
 def sweep(
     model: str | None,
-    configs: Mapping[str, SpqrConfig],
-    windows: torch.Tensor,
+    settings: Mapping[str, SpqrConfig],
+    texts: Mapping[str, torch.Tensor],
+    out: Path | str,
     *,
+    seeds: Sequence[int] = (0,),
     dataset: str | None = None,
-    nsamples: int = 32,
+    nsamples: int = 128,
     seqlen: int | None = None,
-    seed: int = 0,
+    device: str = "cpu",
+    dense: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[SweepPoint]:
-    """The point of each named setting, one by one, in order.
+    """The point of the dense model and of each named setting with each seed, one by one, in order.
 
-    windows are int64 [N, L] tokens to measure on, other keywords are those of `compress`. `skip`,
-    `overrides`, `true_sequential` and `asymmetric` are not followed: all linears are treated alike.
-    Raises as `calibrated_layers`, `quantize_weight` and `perplexity` do.
+    model      folder, .gguf file, hub name, or None for the bundled model
+    settings   name -> setting; of equal ones the first counts
+    texts      name -> int64 [N, L] tokens to measure on
+    out        folder that keeps the points; those that it holds are not made again
+    seeds      of the choice of calibration windows
+    dataset, nsamples, seqlen, device   as for `compress`
+    dense      measure the dense model too, which must fit in memory whole then
+    progress   a bar over all that is still to do
+
+    Raises CheckpointError where `out` holds anything else, and what `compress`, `load_model` and
+    `perplexity` do; a NumericsError names the setting.
     """
-    layers = list(
-        calibrated_layers(model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
+    source = open_source(model)
+    calibration: dict[str, Any] = {
+        "dataset": dataset,
+        "nsamples": nsamples,
+        "seqlen": window_length(source.config, seqlen),
+        "device": device,
+    }
+    tokens = load_tokens(dataset, source.tokenizer())
+    folder = SweepFolder(Path(out).expanduser(), _common(source, tokens, calibration, texts))
+    job = Sweep(model, texts, calibration, folder, progress)
+    yield from job.points(_runs(settings, seeds, dense))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A point to be made; config None is the dense model, seed None calibrates nothing."""
+
+    name: str
+    config: SpqrConfig | None = None
+    seed: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The setting as JSON types."""
+        return None if self.config is None else self.config.to_dict()
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The same for the same setting and seed, as a file's name."""
+        text = json.dumps([self.settings, self.seed], sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:12]
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Put the label in front of NumericsErrors."""
+        try:
+            yield
+        except NumericsError as error:
+            raise NumericsError(f"{self.label}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all runs share.
+
+    calibration   keywords of `compress`
+    """
+
+    model: str | None
+    texts: Mapping[str, torch.Tensor]
+    calibration: Mapping[str, Any]
+    folder: SweepFolder
+    progress: Progress | None
+
+    def points(self, runs: Sequence[Run]) -> Iterator[SweepPoint]:
+        """The point of each run, found in the folder or made."""
+        missing = [run for run in runs if not self.folder.find(run.settings, run.seed)]
+        if self.progress is not None:
+            self.progress.total = STEPS * len(missing)
+        for run in runs:
+            point = self.folder.find(run.settings, run.seed)
+            if point is None:
+                if self.progress is not None:
+                    place = f"{missing.index(run) + 1} of {len(missing)}"
+                    self.progress.set_postfix_str(f"{place}: {run.label}")
+                with run.named_errors():
+                    point = self._compressed(run) if run.config else self._dense(run)
+                self.folder.add(point)
+            shutil.rmtree(self._checkpoint(run), ignore_errors=True)
+            yield point
+
+    def _checkpoint(self, run: Run) -> Path:
+        return self.folder.path / run.key
+
+    def _dense(self, run: Run) -> SweepPoint:
+        Half(self.progress, 1).update()  # nothing to compress
+        return SweepPoint(run.name, None, None, DENSE_BITS, 0.0, 0.0, self._measure(self.model))
+
+    def _compressed(self, run: Run) -> SweepPoint:
+        """Compress and measure."""
+        assert run.config is not None
+        checkpoint = self._checkpoint(run)
+        if not checkpoint.exists():  # else an earlier run was killed while it measured
+            half = Half(self.progress)
+            keywords = {**self.calibration, "seed": run.seed or 0}
+            compress(self.model, checkpoint, run.config, **keywords, progress=half)
+        total = totals(inspect_checkpoint(checkpoint))
+        rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"))
+        return SweepPoint(
+            name=run.name,
+            seed=run.seed,
+            config=run.settings,
+            bits=total.bits,
+            outlier_share=total.outlier_share,
+            seconds=sum(row.seconds for row in rows),
+            perplexity=self._measure(str(checkpoint)),
+        )
+
+    def _measure(self, model: str | None) -> dict[str, float]:
+        """Name of each text -> perplexity of a model that is loaded for it."""
+        loaded, _ = load_model(model, device=self.calibration["device"])
+        half = Half(self.progress, sum(map(len, self.texts.values())))
+        return {
+            name: perplexity(loaded, windows, half.update) for name, windows in self.texts.items()
+        }
+
+
+class Half:
+    """Progress of one half of a point, in units of its own, on the bar of the whole sweep."""
+
+    def __init__(self, whole: Progress | None, total: int = 0) -> None:
+        self.total: Any = total
+        self._whole, self._done, self._shown = whole, 0, 0
+
+    def update(self, n: int = 1) -> None:
+        """`n` more units are done."""
+        self._done += n
+        steps = STEPS // 2 * self._done // self.total
+        if self._whole is not None:
+            self._whole.update(steps - self._shown)
+        self._shown = steps
+
+    def set_postfix_str(self, s: str) -> None:
+        """The bar says which point it is, and no more."""
+
+
+def _common(
+    source: Source,
+    tokens: torch.Tensor,
+    calibration: Mapping[str, Any],
+    texts: Mapping[str, torch.Tensor],
+) -> dict[str, str]:
+    """Everything but setting and seed that shapes a point, in words."""
+    common = {
+        "version": __version__,
+        "model": f"{source.label} ({source.fingerprint[:12]})",
+        "device": calibration["device"],
+        "calibration": f"{calibration['nsamples']} windows of {calibration['seqlen']} tokens out of"
+        f" a text of {len(tokens)} ({_digest(tokens)})",
+    }
+    for name, windows in texts.items():
+        count, length = windows.shape
+        common[f"text {name}"] = f"{count} windows of {length} tokens ({_digest(windows)})"
+    return common
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    return sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
+def _runs(settings: Mapping[str, SpqrConfig], seeds: Sequence[int], dense: bool) -> list[Run]:
+    """What is asked for; a setting that calibrates nothing is the same with every seed."""
+    runs = [Run(DENSE)] if dense else []
+    for name, config in settings.items():
+        for seed in dict.fromkeys(seeds) if _calibrates(config) else [None]:
+            if not any((run.config, run.seed) == (config, seed) for run in runs):
+                runs.append(Run(name, config, seed))
+    return runs
+
+
+def _calibrates(config: SpqrConfig) -> bool:
+    return config.use_hessian or any(
+        values.get("use_hessian", False) for _, values in config.overrides
     )
-    loaded, _ = load_model(model)
-    known: dict[tuple, Factorization] = {}
-    for name, config in configs.items():
-        weights = nbytes = outliers = 0
-        for layer in layers:
-            factor = _factorization(layer, config, known) if config.use_hessian else None
-            result = quantize_weight(layer.weight, factor, config)
-            with torch.no_grad():
-                loaded.get_submodule(layer.name).weight.copy_(result.weight)
-            weights += layer.weight.numel()
-            nbytes += result.matrix.nbytes
-            outliers += result.matrix.outliers or 0
-        measured = perplexity(loaded, windows)
-        yield SweepPoint(name, 8 * nbytes / weights, outliers / weights, measured)
-
-
-def _factorization(
-    layer: CalibratedLayer, config: SpqrConfig, known: dict[tuple, Factorization]
-) -> Factorization:
-    """That of an earlier setting, where it has the same order and damping."""
-    key = (layer.name, config.permutation, config.damping, config.on_failed_factorization)
-    if key not in known:
-        known[key] = factorize(layer.hessian, config, layer.weight)
-    return known[key]

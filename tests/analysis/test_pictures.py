@@ -16,6 +16,7 @@ from spqr_numba.analysis import plots
 from spqr_numba.analysis.checkpoint import by_depth_and_kind, inspect_checkpoint
 from spqr_numba.analysis.maps import LayerMap, layer_map, pooled
 from spqr_numba.analysis.page import checkpoint_page, png
+from spqr_numba.analysis.points import SweepPoint
 from spqr_numba.analysis.sensitivity import second_level_effect
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import InputError, SpqrError
@@ -25,6 +26,17 @@ from ..problems import make_problem
 from ..tiny import save_tiny_llama
 
 LAYER = "model.layers.1.self_attn.k_proj"
+SWEEP = [
+    SweepPoint(name, seed, config, bits, 0.0, 0.0, {"a": perplexity, "b": perplexity})
+    for name, seed, config, bits, perplexity in [
+        ("fp16", None, None, 16.0, 10.0),
+        ("balanced", 0, {}, 3.9, 11.0),
+        ("balanced", 1, {}, 3.9, 11.5),
+        ("paper", 0, {}, 4.2, 12.0),
+        ("small", 0, {}, 3.3, 13.0),
+        ("RTN 3 bit", None, {}, 3.0, 24714.0),
+    ]
+]
 VOID = {"meta", "link", "img", "rect", "wbr"}
 
 
@@ -157,12 +169,27 @@ def test_every_figure_has_words_on_its_axes(folder: Path, picture: LayerMap) -> 
         plots.plot_error_share(shares, {"q_proj": shares}, "title"),
         plots.plot_statistics(second_level_effect(weight, SpqrConfig()), "title"),
         plots.plot_frontier({"SpQR": [(4, 10), (3, 12)]}, 9.5, "title"),
+        plots.plot_sweep(SWEEP),
+        plots.plot_sweep(SWEEP[:2]),
     ]
     for figure in figures:
         for axes in figure.axes:
             assert axes.get_xlabel() or axes.get_ylabel()
         assert figure.get_suptitle() or figure.axes[0].get_title()
         figure.canvas.draw()
+
+
+def test_a_sweep_names_its_best_settings_and_those_far_off() -> None:
+    panels = plots.plot_sweep(SWEEP).axes
+    assert [axes.get_title().partition(":")[0] for axes in panels] == ["a", "b"]
+    for axes in panels:
+        assert "2 of 3 settings" in axes.get_title()
+        assert axes.get_title().endswith("not shown: RTN 3 bit (24,714)")
+        assert [text.get_text() for text in axes.texts] == ["small", "balanced"]
+        families = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert sorted(families) == ["balanced", "dense, 16 bits", "paper", "small"]
+    with pytest.raises(InputError, match="nothing to draw"):
+        plots.plot_sweep(SWEEP[:1])
 
 
 def test_saving(picture: LayerMap, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import spqr_numba
 from .conftest import Run
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("bench", "compress", "demo", "eval", "generate", "inspect")
+COMMANDS = ("bench", "compress", "demo", "eval", "generate", "inspect", "sweep")
 
 
 def test_help_names_every_command(run: Run) -> None:

@@ -1,0 +1,215 @@
+"""Points of a sweep, the folder that keeps them, and what they say together.
+
+sweep.json      what the points have in common, and every finished point
+sweep.csv       the points as a table, for other programs
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, geometric_mean
+from typing import Any
+
+from ..errors import CheckpointError
+
+__all__ = [
+    "DENSE",
+    "SettingSummary",
+    "SweepFolder",
+    "SweepPoint",
+    "excess",
+    "find_dense",
+    "frontier",
+    "read_sweep",
+    "summaries",
+]
+
+DENSE = "fp16"
+POINTS_FILE = "sweep.json"
+TABLE_FILE = "sweep.csv"
+FAMILY = re.compile(r".+?(?=,| \d|$)")
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What one setting is worth.
+
+    name            of the setting; DENSE for the model as it was
+    seed            of the choice of calibration windows; None where nothing is calibrated
+    config          every field of the setting; None for the dense model
+    bits            bits a weight of the compressed linears, from the bytes of their buffers
+    outlier_share   outliers a weight
+    seconds         spent on quantizing weights, without forward passes and Hessians
+    perplexity      name of a text -> perplexity of the whole model
+    """
+
+    name: str
+    seed: int | None
+    config: dict[str, Any] | None
+    bits: float
+    outlier_share: float
+    seconds: float
+    perplexity: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SettingSummary:
+    """A setting over all its seeds: bits on average, and the perplexity of one text.
+
+    perplexity   geometric mean
+    low, high    of the best and of the worst seed
+    """
+
+    name: str
+    bits: float
+    perplexity: float
+    low: float
+    high: float
+
+    @property
+    def family(self) -> str:
+        """What it is a variation of: "balanced", "GPTQ"."""
+        found = FAMILY.match(self.name)
+        return found.group() if found else self.name
+
+
+class SweepFolder:
+    """A folder of points that differ in setting and seed alone.
+
+    common   what they share, in words; points of another `common` cannot be compared with them
+
+    Raises CheckpointError where the folder holds those, or anything else.
+    """
+
+    def __init__(self, path: Path, common: dict[str, str]) -> None:
+        self.path = path
+        self.common = common
+        self.points: list[SweepPoint] = []
+        if (path / POINTS_FILE).is_file():
+            there, self.points = _read(path)
+            self._check(there)
+            return
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path} exists and holds no sweep; give another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def find(self, config: dict[str, Any] | None, seed: int | None) -> SweepPoint | None:
+        """The finished point of a setting and a seed."""
+        return next((p for p in self.points if (p.config, p.seed) == (config, seed)), None)
+
+    def add(self, point: SweepPoint) -> None:
+        """Keep a finished point."""
+        self.points.append(point)
+        self._write()
+
+    def _check(self, there: dict[str, str]) -> None:
+        for key in [*self.common, *there]:
+            if there.get(key) != self.common.get(key):
+                raise CheckpointError(
+                    f"{self.path} holds a sweep that this one cannot be compared with: its {key} is"
+                    f" {there.get(key)}, and here it is {self.common.get(key)}; give another folder"
+                )
+
+    def _write(self) -> None:
+        points = [point.to_dict() for point in self.points]
+        document = {"common": self.common, "points": points}
+        self._replace(POINTS_FILE, json.dumps(document, indent=1) + "\n")
+        self._replace(TABLE_FILE, _to_csv(self.points))
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file that is never seen half-written."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+
+def read_sweep(folder: Path | str) -> list[SweepPoint]:
+    """Every finished point in a folder that `sweep` wrote. Raises CheckpointError."""
+    return _read(Path(folder).expanduser())[1]
+
+
+def find_dense(points: Iterable[SweepPoint]) -> SweepPoint | None:
+    """The dense model's point among `points`."""
+    return next((point for point in points if point.config is None), None)
+
+
+def excess(point: SweepPoint, dense: SweepPoint) -> dict[str, float]:
+    """Name of a text -> ln(perplexity / perplexity of the dense model)."""
+    return {
+        text: math.log(value / dense.perplexity[text]) for text, value in point.perplexity.items()
+    }
+
+
+def summaries(points: Iterable[SweepPoint], text: str) -> list[SettingSummary]:
+    """Every setting among `points` on one text, in their order."""
+    seeds: dict[str, list[SweepPoint]] = {}
+    for point in points:
+        seeds.setdefault(point.name, []).append(point)
+    return [_summarize(name, group, text) for name, group in seeds.items()]
+
+
+def frontier(settings: Iterable[SettingSummary]) -> list[SettingSummary]:
+    """Those that no other beats in bits and perplexity at once, by bits."""
+    best: list[SettingSummary] = []
+    for setting in sorted(settings, key=lambda setting: (setting.bits, setting.perplexity)):
+        if not best or setting.perplexity < best[-1].perplexity:
+            best.append(setting)
+    return best
+
+
+def _read(path: Path) -> tuple[dict[str, str], list[SweepPoint]]:
+    """(what is common, points) of a folder."""
+    try:
+        document = json.loads((path / POINTS_FILE).read_text(encoding="utf-8"))
+        return document["common"], [SweepPoint(**point) for point in document["points"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read a sweep from {path}: {error}") from error
+
+
+def _summarize(name: str, points: Sequence[SweepPoint], text: str) -> SettingSummary:
+    perplexities = [point.perplexity[text] for point in points]
+    return SettingSummary(
+        name,
+        bits=fmean(point.bits for point in points),
+        perplexity=geometric_mean(perplexities),
+        low=min(perplexities),
+        high=max(perplexities),
+    )
+
+
+def _to_csv(points: Sequence[SweepPoint]) -> str:
+    """A header, then a line a point; the excess where the dense model is among them."""
+    dense = find_dense(points)
+    rows = [_row(point, dense) for point in points]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "setting": point.name,
+        "seed": point.seed,
+        "bits": point.bits,
+        "outlier_share": point.outlier_share,
+        "seconds": point.seconds,
+    }
+    row |= {f"perplexity {text}": value for text, value in point.perplexity.items()}
+    if dense is not None:
+        row |= {f"excess {text}": value for text, value in excess(point, dense).items()}
+    return row

@@ -1,0 +1,88 @@
+"""Names and settings of grids, ablations and baselines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from spqr_numba.analysis.settings import ablation, baselines, grid
+from spqr_numba.config import PRESETS, SpqrConfig
+from spqr_numba.errors import ConfigError
+
+PAPER, BALANCED = PRESETS["paper"], PRESETS["balanced"]
+
+
+def test_a_grid_is_every_combination_on_each_preset() -> None:
+    settings = grid(["paper", "small"], {"bits": [3, 4], "outlier_threshold": [0.2, math.inf]})
+    assert len(settings) == 8
+    assert settings["paper, bits 3, outlier_threshold 0.2"] == PAPER
+    name = "small, bits 4, outlier_threshold none"
+    assert settings[name] == replace(PRESETS["small"], bits=4, outlier_threshold=None)
+
+
+def test_a_grid_of_nothing_is_the_presets() -> None:
+    assert grid(PRESETS, {}) == PRESETS
+
+
+def test_values_read_as_they_are_given() -> None:
+    values = {"group_size": [None], "true_sequential": [True], "round_zero": [False]}
+    assert list(grid(["paper"], values)) == [
+        "paper, group_size row, true_sequential on, round_zero off"
+    ]
+
+
+def test_a_contradiction_is_named() -> None:
+    with pytest.raises(ConfigError, match="balanced, scale_bits 16: fit='joint' chooses"):
+        grid(["paper", "balanced"], {"scale_bits": [3, 16]})
+
+
+def test_an_ablation_adds_and_leaves_out_each_part() -> None:
+    groups = {"group_size": 8, "stats_group_size": 64}
+    settings = ablation("balanced", {"true_sequential": True})
+    full = replace(BALANCED, true_sequential=True)
+    assert settings == {
+        "paper": PAPER,
+        "paper, group_size 8, stats_group_size 64": replace(PAPER, **groups),
+        "paper, fit joint": replace(PAPER, fit="joint"),
+        "paper, outlier_threshold 0.4": replace(PAPER, outlier_threshold=0.4),
+        "paper, damping 0.1": replace(PAPER, damping=0.1),
+        "paper, true_sequential on": replace(PAPER, true_sequential=True),
+        "paper, outlier_threshold none": replace(PAPER, outlier_threshold=None),
+        "balanced, true_sequential on": full,
+        "balanced, true_sequential on, group_size 16, stats_group_size 16": replace(
+            full, group_size=16, stats_group_size=16
+        ),
+        "balanced, true_sequential on, fit min-max": replace(full, fit="min-max"),
+        "balanced, true_sequential on, outlier_threshold 0.2": replace(full, outlier_threshold=0.2),
+        "balanced, true_sequential on, damping 1.0": replace(full, damping=1.0),
+        "balanced, true_sequential off": BALANCED,
+        "balanced, true_sequential on, outlier_threshold none": replace(
+            full, outlier_threshold=None
+        ),
+    }
+
+
+def test_an_ablation_starts_from_as_many_bits() -> None:
+    settings = ablation("near-lossless", {})
+    assert settings["paper-4bit"] == PRESETS["paper-4bit"]
+    assert "near-lossless, fit min-max" in settings
+    assert all(config.bits == 4 for config in settings.values())
+    assert "paper, bits 2" in ablation("balanced", {"bits": 2})
+
+
+def test_nothing_to_ablate() -> None:
+    with pytest.raises(ConfigError, match="paper is the paper's recipe"):
+        ablation("paper", {})
+
+
+def test_baselines_are_named_as_in_other_tables() -> None:
+    assert list(baselines([3, 4]))[1:6] == [
+        "RTN 3 bit, group 16",
+        "GPTQ 3 bit",
+        "GPTQ 3 bit, group 128",
+        "RTN 4 bit",
+        "RTN 4 bit, group 16",
+    ]
+    assert baselines([2])["GPTQ 2 bit"] == SpqrConfig.gptq(2)
