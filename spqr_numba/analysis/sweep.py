@@ -30,7 +30,7 @@ from ..evaluate.perplexity import perplexity
 from ..model.calibration import load_tokens, window_length
 from ..model.compress import Progress, compress
 from ..model.integration import load_model
-from ..model.report import LAYERS_FILE, read_rows
+from ..model.report import LAYERS_FILE, LayerRow, read_rows
 from ..model.source import Source, open_source
 from .checkpoint import inspect_checkpoint
 from .findings import totals
@@ -162,7 +162,7 @@ class Sweep:
             keywords = {**self.calibration, "seed": run.seed or 0}
             compress(self.model, checkpoint, run.config, **keywords, progress=half)
         total = totals(inspect_checkpoint(checkpoint))
-        rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"))
+        rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"), LayerRow)
         return SweepPoint(
             name=run.name,
             seed=run.seed,
