@@ -69,8 +69,8 @@ class Tuning:
             raise ConfigError(f"tuning takes {self.steps} steps; give at least 1, or do not tune")
         if self.windows < 2:
             raise ConfigError(
-                "tuning trains on some windows and measures on others, and there is only 1; give"
-                " more (nsamples)"
+                f"nsamples is {self.windows}; tuning trains on some windows and measures on others,"
+                " so it takes at least 2"
             )
 
     @property

@@ -78,6 +78,7 @@ def test_tuning_is_said_and_shown(run: Run, dense: Path, text: Path, tmp_path: P
     result = run(line)
     assert result.exit_code == 0, result.output
     assert re.search(r"tuning +2 of 2 blocks, \d\d\.\d% of their output error left", result.stdout)
+    assert "model.layers.1, tuning step 2 of 2, " in result.stderr
     assert "2 steps of tuning leave" in result.stderr
     assert (out / "tuning.csv").read_text().startswith("block,error_before,error_after,steps,")
     as_json = json.loads(run(f"{line} --overwrite --json").stdout)

@@ -229,7 +229,8 @@ def test_some_windows_are_held_back(windows: int, trained: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "windows", "message"), [(-1, 8, "takes -1 steps"), (5, 1, "there is only 1")]
+    ("steps", "windows", "message"),
+    [(-1, 8, "takes -1 steps"), (5, 1, "nsamples is 1; tuning trains")],
 )
 def test_settings_that_cannot_be(steps: int, windows: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
