@@ -182,9 +182,11 @@ def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int) -> Plan:
     groups = columns // weight.spec.group_size
     sums = ceil_div(HALF_BYTES * (ZERO_HALVES + buffers * inputs * stride), LOAD_BYTES) * 4
     slots = sums + buffers * groups * inputs
-    tiles = ceil_div(weight.tiles, grid_of(weight, inputs))
-    end = slots + (tiles + spec.warps - 1) * LANES * spec.unit.totals
+    tiles, longer = divmod(weight.tiles, grid_of(weight, inputs))
+    end = slots + (tiles + (longer > 0) + spec.warps - 1) * LANES * spec.unit.totals
     return Plan(
+        tiles=tiles,
+        longer=longer,
         segments=segments,
         slabs=slabs,
         items=spec.segment_units + (1 if "runs" in weight.tensors else 0),

@@ -117,7 +117,7 @@ def starting_function(spec: KernelSpec) -> Any:
     )
     fill, ring_of = filler(spec), ring_function(spec)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def start(weight, plan, work, first, zeros, floats):
         ring, ahead = ring_of(plan, work, zeros), first
         for i in range(stages):
@@ -127,7 +127,7 @@ def starting_function(spec: KernelSpec) -> Any:
         for i in range(work.thread, int32((work.tiles + warps_but_one) * slot_floats), threads):
             floats[plan.slots + i] = 0
         if alone and weight.target:
-            for i in range(work.thread, weight.columns // 64, threads):
+            for i in range(work.thread, weight.columns >> 6, threads):
                 prefetch(weight.target + 128 * i)
         return ahead
 
@@ -138,7 +138,7 @@ def ring_function(spec: KernelSpec) -> Any:
     """ring_of(plan, work, zeros) -> address of the warp's ring."""
     ring_bytes = spec.stages * spec.unit.bytes
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def ring_of(plan, work, zeros):
         return int32(zeros + plan.ring + work.warp * ring_bytes)
 
@@ -152,7 +152,7 @@ def walking_function(spec: KernelSpec) -> Any:
     wait_for_item, wait_for_all = copies_done(stages - 1), copies_done(0)
     multiply = item_multiplier(spec)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def walk(weight, plan, x, sums, work, first, ahead, zeros, staged, floats, words):
         ring, item, slot = ring_of(plan, work, zeros), first, int32(0)
         if not alone:
@@ -186,7 +186,7 @@ def stage_function(spec: KernelSpec) -> Any:
     threads, group_bytes = spec.threads, HALF_BYTES * spec.unit.group_size
     stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def stage(weight, plan, x, thread, staged, floats, zeros):
         factor = stage_input(weight, x, thread, staged)
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
@@ -203,8 +203,9 @@ def slab_copier(spec: KernelSpec) -> Any:
     threads, inputs, copy_ahead = spec.threads, spec.unit.inputs, copier(0)
     segment_units, unit_bytes = spec.segment_units, HALF_BYTES * spec.unit.columns
     sums_bytes = FLOAT_BYTES * UNIT_GROUPS * inputs  # of a unit
+    shift = 3 + inputs.bit_length() - 1  # eight loads of an input, then those of the next
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def copy_slab(weight, plan, x, sums, slab, thread, zeros):
         slab_units = int32(plan.segments * segment_units)
         first = int32(slab * slab_units)
@@ -213,7 +214,7 @@ def slab_copier(spec: KernelSpec) -> Any:
         to = int32(zeros + HALF_BYTES * (ZERO_HALVES + buffer * (inputs * plan.stride)))
         source = x + np.int64(first) * unit_bytes
         for i in range(thread, int32(inputs * loads), threads):
-            own, at = int32(i // loads), int32(i % loads * LOAD_BYTES)
+            own, at = int32(i >> 3 & (inputs - 1)), int32(((i >> shift) * 8 + (i & 7)) * LOAD_BYTES)
             there = source + np.int64(own) * (weight.units * unit_bytes) + at
             copy_ahead(int32(to + own * (HALF_BYTES * plan.stride) + at), there)
         to = int32(zeros + FLOAT_BYTES * plan.sums + buffer * (slab_units * sums_bytes))
@@ -237,7 +238,7 @@ def item_multiplier(spec: KernelSpec) -> Any:
     places_of = one_places(spec) if spec.unit.inputs == 1 else several_places(spec)
     multiply_run = run_multiplier(spec)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def multiply(weight, plan, work, item, at, zeros, staged, floats, words):
         segment = int32(item.slab * plan.segments + item.segment)
         slot = int32(plan.slots + (item.tile + work.warp) * slot_floats)
@@ -261,7 +262,7 @@ def one_places(spec: KernelSpec) -> Any:
     """places_of(plan, item, unit, at, lane, zeros) -> where UnitOfOne finds things."""
     own_bytes, step_bytes = HALF_BYTES * spec.unit.group_size, spec.unit.octet_bytes
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def places_of(plan, item, unit, at, lane, zeros):
         g, t = int32(lane >> 2), int32(lane & 3)
         own = int32(zeros + HALF_BYTES * ZERO_HALVES + g * own_bytes)
@@ -286,7 +287,7 @@ def several_places(spec: KernelSpec) -> Any:
     inputs, columns, quarter = spec.unit.inputs, spec.unit.columns, spec.unit.group_size // 4
     segment_units, unit_sums = spec.segment_units, UNIT_GROUPS * spec.unit.inputs
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def places_of(plan, item, unit, at, lane, zeros):
         g, t, buffer = int32(lane >> 2), int32(lane & 3), int32(item.slab & 1)
         unit = int32(item.segment * segment_units + item.place)  # of the slab
@@ -310,10 +311,11 @@ def run_multiplier(spec: KernelSpec) -> Any:
     """
     inputs, lane_floats = spec.unit.inputs, spec.unit.totals
     streams = STREAMS if inputs == 1 else 1
-    rows_at_once = LANES // (inputs * streams)
+    rows_at_once, shift = LANES // (inputs * streams), streams.bit_length() - 1
+    own_shift = (streams * inputs).bit_length() - 1
     room = spec.unit.bytes // 4 - HEADER_WORDS
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def product(run, entries, k, end, x, staged, words):
         if k >= end:
             return np.float32(0)
@@ -321,7 +323,7 @@ def run_multiplier(spec: KernelSpec) -> Any:
         value = half_to_float(np.uint16(entry >> 16 & HALF_MASK))
         return value * half_to_float(staged[x + (entry & HALF_MASK)])
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def row_sum(run, entries, begin, end, x, staged, words):
         first, second = np.float32(0), np.float32(0)
         third, fourth = np.float32(0), np.float32(0)  # four at once, to wait for all together
@@ -332,21 +334,21 @@ def run_multiplier(spec: KernelSpec) -> Any:
             fourth += product(run, entries, int32(k + 3 * streams), end, x, staged, words)
         return (first + second) + (third + fourth)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def place_of(row, own):
         if inputs == 1:
             return int32((row & 7) * (4 * lane_floats) + (row >> 3))
-        lane = int32((row & 7) * 4 + (own % AT_ONCE >> 1))
-        return int32(lane * lane_floats + own // AT_ONCE * 4 + (row >> 3) * 2 + (own & 1))
+        lane = int32((row & 7) * 4 + ((own & 7) >> 1))
+        return int32(lane * lane_floats + (own >> 3) * 4 + (row >> 3) * 2 + (own & 1))
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def multiply_run(plan, item, run, at, slot, lane, zeros, staged, floats, words):
-        stream, own = int32(lane % streams), int32(lane // streams % inputs)
+        stream, own = int32(lane & (streams - 1)), int32(lane >> shift & (inputs - 1))
         x = int32(((item.slab & 1) * inputs + own) * plan.stride + item.segment * SEGMENT_COLUMNS)
         x, header = int32(x + ZERO_HALVES), int32((at - zeros) >> 1)
         entries = int32((header >> 1) + HEADER_WORDS)
         for i in range(0, TILE_ROWS, rows_at_once):
-            row = int32(i + lane // (streams * inputs))
+            row = int32(i + (lane >> own_shift))
             end = int32(staged[header + row])
             begin = int32(stream + (int32(staged[header + row - 1]) if row else int32(0)))
             total = row_sum(run, entries, begin, end, x, staged, words)
@@ -369,39 +371,38 @@ def writing_function(spec: KernelSpec) -> Any:
     """
     warps, threads, inputs = spec.warps, spec.threads, spec.unit.inputs
     lane_floats, slot_floats = spec.unit.totals, LANES * spec.unit.totals
+    shift, tile_shift = spec.warp_shift, (TILE_ROWS * inputs).bit_length() - 1
     bfloat = spec.kind == torch.bfloat16
     to_float = bfloat_to_float if bfloat else half_to_float
     from_float = float_to_bfloat if bfloat else float_to_half
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def share(floats, slot, row, own):
         at = int32(slot + (row & 7) * (4 * lane_floats) + (row >> 3))
         if inputs == 1:  # of each lane of the quad
             low, high = floats[at] + floats[at + 2], floats[at + 4] + floats[at + 6]
             return low + high
-        at = int32(slot + ((row & 7) * 4 + (own % AT_ONCE >> 1)) * lane_floats)
-        return floats[at + own // AT_ONCE * 4 + (row >> 3) * 2 + (own & 1)]
+        at = int32(slot + ((row & 7) * 4 + ((own & 7) >> 1)) * lane_floats)
+        return floats[at + (own >> 3) * 4 + (row >> 3) * 2 + (own & 1)]
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def row_total(plan, tiles, floats, tile, row, own):
         of_tile = int32(plan.segments * plan.items)
         items, total = int32(tiles * of_tile), np.float32(0)
         for warp in range(warps):
-            begin = first_item_of(int32(warp), warps, items)
-            end = first_item_of(int32(warp + 1), warps, items)
+            begin = first_item_of(int32(warp), shift, items)
+            end = first_item_of(int32(warp + 1), shift, items)
             if begin < (tile + 1) * of_tile and end > tile * of_tile:
                 total += share(floats, int32(plan.slots + (tile + warp) * slot_floats), row, own)
         return total
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def write_rows(weight, plan, work, floats, factors, y, bias, count):
-        rows = int32(work.tiles * TILE_ROWS)
-        for i in range(work.thread, int32(rows * count), threads):
-            own, at = int32(i // rows), int32(i % rows)
-            row = int32(work.first_tile * TILE_ROWS + at)
-            if row < weight.rows:
-                tile = int32(at >> 4)
-                total = row_total(plan, work.tiles, floats, tile, int32(at & 15), own)
+        for i in range(work.thread, int32(work.tiles * (TILE_ROWS * inputs)), threads):
+            own, tile = int32(i >> 4 & (inputs - 1)), int32(i >> tile_shift)
+            row = int32((work.first_tile + tile) * TILE_ROWS + (i & 15))
+            if row < weight.rows and own < count:
+                total = row_total(plan, work.tiles, floats, tile, int32(i & 15), own)
                 total *= np.float32(1 / SUBNORMAL_UNIT)
                 if bfloat:
                     total *= factors if inputs == 1 else load_float(factors + 4 * own)

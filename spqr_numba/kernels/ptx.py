@@ -170,6 +170,16 @@ def load_words(typingctx, address):
     return result(types.int64), codegen
 
 
+@intrinsic
+def divide(typingctx, one, other):
+    """one // other of int32 that are not negative; Numba's own is one of 64 bits, in a loop."""
+
+    def codegen(context, builder, signature, arguments):
+        return emit(builder, "div.u32 $0, $1, $2", "=r,r,r", WORD, arguments)
+
+    return types.int32(types.int32, types.int32), codegen
+
+
 def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
     """An intrinsic without a result, that nothing may move across."""
     signature_of = types.none(*arguments)

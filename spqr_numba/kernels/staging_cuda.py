@@ -82,7 +82,7 @@ def staging_kernel(spec: KernelSpec) -> Any:
                 staged[i] = 0
             cuda.syncthreads()
         out = staged_out + np.int64(own) * columns * HALF_BYTES
-        for i in range(thread, columns // 2, threads):
+        for i in range(thread, columns >> 1, threads):
             store_int32(out + 4 * i, words[ZERO_HALVES // 2 + i])
         first = shared_address(staged) + HALF_BYTES * ZERO_HALVES
         for group in range(thread, int32(weight.units * UNIT_GROUPS), threads):
@@ -102,7 +102,7 @@ def staging_function(spec: KernelSpec) -> Any:
     threads, unit_columns = spec.threads, spec.unit.columns
     scale_of, permute = scale_function(spec), permuting_function(spec)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def stage(weight, x, thread, staged):
         for i in range(thread, ZERO_HALVES, threads):
             staged[i] = 0
@@ -121,25 +121,25 @@ def scale_function(spec: KernelSpec) -> Any:
     """exponent_of(weight, x, thread) -> the power of two by which x is divided to fit into fp16."""
     threads, warps = spec.threads, spec.warps
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def nothing(weight, x, thread):
         return int32(0)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def exponent_of(weight, x, thread):
         largest = cuda.shared.array(warps, np.int32)
         found = int32(1)
-        for i in range(thread, weight.columns // 8, threads):
+        for i in range(thread, weight.columns >> 3, threads):
             words = load_words(x + 16 * i)
             for k in range(4):
                 low, high = int32(words[k] >> 7 & 0xFF), int32(words[k] >> 23 & 0xFF)
                 found = int32(max(found, low, high))
-        for i in range(weight.columns // 8 * 8 + thread, weight.columns, threads):
+        for i in range(int32((weight.columns & -8) + thread), weight.columns, threads):
             found = int32(max(found, int32(load_uint16(x + 2 * i) >> 7 & 0xFF)))
         for distance in (16, 8, 4, 2, 1):
             found = int32(max(found, int32(cuda.shfl_xor_sync(ALL, found, distance))))
-        if thread % LANES == 0:
-            largest[thread // LANES] = found
+        if thread & (LANES - 1) == 0:
+            largest[thread >> 5] = found
         cuda.syncthreads()
         for other in range(warps):
             found = int32(max(found, largest[other]))
@@ -153,22 +153,22 @@ def permuting_function(spec: KernelSpec) -> Any:
     """permute(weight, x, factor, staged, thread): x * factor as fp16, where `target` says."""
     threads, bfloat = spec.threads, spec.kind == torch.bfloat16
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def put(staged, target, half, factor):
         value = np.uint16(half & 0xFFFF)
         if bfloat:
             value = float_to_half(bfloat_to_float(value) * factor)
         staged[ZERO_HALVES + (target & 0xFFFF)] = value
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def put_all(staged, targets, words, factor):
         for k in range(4):
             put(staged, targets[k], words[k], factor)
             put(staged, targets[k] >> 16, words[k] >> 16, factor)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def permute(weight, x, factor, staged, thread):
-        whole = int32(weight.columns // 8)
+        whole = int32(weight.columns >> 3)
         for i in range(thread, whole, 2 * threads):
             also = int32(min(i + threads, whole - 1))  # two at once, to wait for both together
             words, others = load_words(x + 16 * i), load_words(x + 16 * also)
@@ -182,7 +182,7 @@ def permuting_function(spec: KernelSpec) -> Any:
     return permute
 
 
-@cuda.jit(device=True, inline="always")
+@cuda.jit(device=True, forceinline=True)
 def targets_of(weight, i):
     """Where inputs 8i ... 8i + 7 go, two to a word."""
     if weight.target:

@@ -20,7 +20,7 @@ import torch
 
 from .launch import numba_cuda
 from .prepared import LANES, PreparedMatrix
-from .ptx import copier, load_int32
+from .ptx import copier, divide, load_int32
 from .runs import SEGMENT_COLUMNS, TILE_ROWS, segments_of
 from .unit_cuda import LOAD_BYTES, UnitSpec
 
@@ -59,6 +59,11 @@ class KernelSpec:
         return self.warps * LANES
 
     @property
+    def warp_shift(self) -> int:
+        """log2 of the warps."""
+        return self.warps.bit_length() - 1
+
+    @property
     def segment_units(self) -> int:
         """Units of a segment."""
         return SEGMENT_COLUMNS // self.unit.columns
@@ -84,8 +89,10 @@ BUFFERS = Weight._fields[:5]
 
 
 class Plan(NamedTuple):
-    """How a launch divides the work, and where things are in shared memory (matmul_cuda.py)."""
+    """How a launch divides the work, and where things are in shared memory (product_cuda.py)."""
 
+    tiles: int  # of a block
+    longer: int  # how many blocks, the first ones, have one more
     segments: int  # of a slab
     slabs: int
     items: int  # of a segment: its units, and its run where there are outliers
@@ -132,38 +139,41 @@ def addresses(weight: PreparedMatrix) -> Weight:
     )
 
 
-@cuda.jit(device=True, inline="always")
-def first_item_of(warp, warps, items):
-    """Where a warp's stretch of a slab's items begins; the next warp's is where it ends."""
-    return int32(warp * items // warps)
+@cuda.jit(device=True, forceinline=True)
+def first_item_of(warp, shift, items):
+    """Where a warp's stretch of a slab's items begins, of 2^shift warps; the next one's is where it
+    ends."""
+    return int32(warp * items >> shift)
 
 
 def work_function(spec: KernelSpec) -> Any:
     """work_of(weight, plan) -> Work, and the first Item, of this thread's warp."""
-    warps = spec.warps
+    shift = spec.warp_shift
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def work_of(weight, plan):
-        thread, block, grid = int32(cuda.threadIdx.x), cuda.blockIdx.x, cuda.gridDim.x
-        first_tile = int32(block * weight.tiles // grid)
-        tiles = int32((block + 1) * weight.tiles // grid - first_tile)
+        thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+        first_tile = int32(block * plan.tiles + min(block, plan.longer))
+        tiles = int32(plan.tiles + (1 if block < plan.longer else 0))
         warp, of_tile = int32(thread >> 5), int32(plan.segments * plan.items)
-        begin = first_item_of(warp, warps, int32(tiles * of_tile))
-        stretch = int32(first_item_of(int32(warp + 1), warps, int32(tiles * of_tile)) - begin)
-        in_tile = int32(begin % of_tile)
+        begin = first_item_of(warp, shift, int32(tiles * of_tile))
+        stretch = int32(first_item_of(int32(warp + 1), shift, int32(tiles * of_tile)) - begin)
+        tile = divide(begin, of_tile)
+        in_tile = int32(begin - tile * of_tile)
+        segment = divide(in_tile, plan.items)
         work = Work(first_tile, tiles, stretch, thread, int32(thread & 31), warp)
         return work, Item(
             int32(0 if stretch else plan.slabs),
-            int32(begin // of_tile),
-            int32(in_tile // plan.items),
-            int32(in_tile % plan.items),
+            tile,
+            segment,
+            int32(in_tile - segment * plan.items),
             stretch,
         )
 
     return work_of
 
 
-@cuda.jit(device=True, inline="always")
+@cuda.jit(device=True, forceinline=True)
 def following(plan, item, first):
     """The item behind `item`; behind a slab's last the next slab's `first`."""
     slab, tile, segment, place = item.slab, item.tile, item.segment, int32(item.place + 1)
@@ -186,7 +196,7 @@ def filler(spec: KernelSpec) -> Any:
     fill_unit, fill_run = unit_filler(spec.unit), run_filler(spec.unit)
     segment_units = spec.segment_units
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def fill(weight, plan, work, item, to):
         if item.slab < plan.slabs:
             tile = int32(work.first_tile + item.tile)
@@ -214,7 +224,7 @@ def unit_filler(spec: UnitSpec) -> Any:
     copy_codes = copier(*range(0, code_bytes, warp_bytes))
     copy_statistics, copy_second = copier(code_bytes), copier(record_bytes)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def fill_unit(weight, tile, unit, to, lane):
         own = int32(LOAD_BYTES * lane)
         place = own
@@ -237,7 +247,7 @@ def run_filler(spec: UnitSpec) -> Any:
     """fill_run(weight, tile, segment, to, lane): one run, as much of it as a unit's place takes."""
     room, copy_ahead = spec.bytes // LOAD_BYTES, copier(0)
 
-    @cuda.jit(device=True, inline="always")
+    @cuda.jit(device=True, forceinline=True)
     def fill_run(weight, tile, segment, to, lane):
         start, loads = run_of(weight, tile, segment)
         source = weight.runs + np.int64(start) * LOAD_BYTES
@@ -247,7 +257,7 @@ def run_filler(spec: UnitSpec) -> Any:
     return fill_run
 
 
-@cuda.jit(device=True, inline="always")
+@cuda.jit(device=True, forceinline=True)
 def run_of(weight, tile, segment):
     """Where a run begins, and how long it is, by 16 bytes."""
     place = weight.run_starts + 4 * (np.int64(tile) * weight.segments + segment)

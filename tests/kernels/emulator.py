@@ -73,6 +73,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
             "load_float": lambda address: read(address, ctypes.c_float, FLOAT),
             "load_words": load_words,
+            "divide": lambda one, other: np.int32(one // other),
             "store_uint16": partial(write, ctypes.c_uint16, int),
             "store_int32": partial(write, ctypes.c_int32, int),
             "store_float": partial(write, ctypes.c_float, float),
