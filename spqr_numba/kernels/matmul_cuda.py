@@ -17,7 +17,7 @@ from numba import types
 from ..format.layout import ceil_div
 from .launch import Launcher, shared_memory
 from .prepared import LANES, UNIT_GROUPS, PreparedMatrix
-from .product_cuda import BLOCKS_PER_SM, FLOAT_BYTES, SIGNATURE, product_kernel
+from .product_cuda import BLOCKS_PER_SM, FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
 from .runs import SEGMENT_COLUMNS, segments_of
 from .staging_cuda import STAGING, ZERO_HALVES, staging_kernel
 from .stream_cuda import KernelSpec, Plan, Weight, addresses
@@ -180,7 +180,8 @@ def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int) -> Plan:
     if inputs == 1:
         stride = columns = weight.units * spec.unit.columns
     groups = columns // weight.spec.group_size
-    sums = ceil_div(HALF_BYTES * (ZERO_HALVES + buffers * inputs * stride), LOAD_BYTES) * 4
+    inputs_bytes = HALF_BYTES * (ZERO_HALVES + buffers * inputs * stride)
+    sums = ceil_div(inputs_bytes, LOAD_BYTES) * (LOAD_BYTES // FLOAT_BYTES) + FACTOR_FLOATS
     slots = sums + buffers * groups * inputs
     tiles, longer = divmod(weight.tiles, grid_of(weight, inputs))
     end = slots + (tiles + (longer > 0) + spec.warps - 1) * LANES * spec.unit.totals

@@ -8,6 +8,7 @@ next slab of the inputs.
     shared memory  dtype    shape
     zeros          fp16     [16]                                what multiplies nothing
     x'             fp16     [buffers, inputs, stride]           staging_cuda.py; of a slab
+    factor         float32  [4]                                 the first: what staging one returned
     X              float32  [buffers, groups of a slab, inputs]
     slots          float32  [tiles + warps - 1, 32, totals]     stream_cuda.py
     ring           bytes    [warps, stages, unit]
@@ -58,11 +59,12 @@ from .unit_cuda import (
 )
 from .unit_several_cuda import AT_ONCE, UnitOfSeveral
 
-__all__ = ["BLOCKS_PER_SM", "FLOAT_BYTES", "SIGNATURE", "product_kernel"]
+__all__ = ["BLOCKS_PER_SM", "FACTOR_FLOATS", "FLOAT_BYTES", "SIGNATURE", "product_kernel"]
 
 cuda = numba_cuda()
 
 FLOAT_BYTES = 4
+FACTOR_FLOATS = 4
 BLOCKS_PER_SM = {1: 2, 8: 1, 16: 1}  # inputs -> whose registers fit
 STREAMS = 8  # lanes that take a row's outliers between them, for one input
 ALL = 0xFFFFFFFF  # lanes
@@ -99,7 +101,7 @@ def product_kernel(spec: KernelSpec) -> Any:
             wait_for_dependencies()
             let_dependents_start()
         if alone:
-            factors = stage(weight, plan, x, work.thread, staged, floats, zeros)
+            stage(weight, plan, x, work.thread, staged, floats, zeros)
         walk(weight, plan, x, sums, work, first, ahead, zeros, staged, floats, words)
         cuda.syncthreads()
         write_rows(weight, plan, work, floats, factors, y, bias, count)
@@ -182,7 +184,7 @@ def walking_function(spec: KernelSpec) -> Any:
 
 
 def stage_function(spec: KernelSpec) -> Any:
-    """stage(...) -> what to multiply results with: x' and X of one input."""
+    """stage(...): x', X and the factor of one input."""
     threads, group_bytes = spec.threads, HALF_BYTES * spec.unit.group_size
     stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
 
@@ -192,8 +194,9 @@ def stage_function(spec: KernelSpec) -> Any:
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
         for group in range(thread, int32(weight.units * UNIT_GROUPS), threads):
             floats[plan.sums + group] = sum_group(int32(first + group * group_bytes))
+        if thread == 0:
+            floats[plan.sums - FACTOR_FLOATS] = factor
         cuda.syncthreads()
-        return factor
 
     return stage
 
@@ -365,10 +368,7 @@ def run_multiplier(spec: KernelSpec) -> Any:
 
 
 def writing_function(spec: KernelSpec) -> Any:
-    """write_rows(...): the warps' shares of each row, and the bias, to y.
-
-    Of one input `factors` is the factor itself.
-    """
+    """write_rows(...): the warps' shares of each row, and the bias, to y."""
     warps, threads, inputs = spec.warps, spec.threads, spec.unit.inputs
     lane_floats, slot_floats = spec.unit.totals, LANES * spec.unit.totals
     shift, tile_shift = spec.warp_shift, (TILE_ROWS * inputs).bit_length() - 1
@@ -397,6 +397,12 @@ def writing_function(spec: KernelSpec) -> Any:
         return total
 
     @cuda.jit(device=True, forceinline=True)
+    def factor_of(plan, floats, factors, own):
+        if inputs == 1:
+            return floats[plan.sums - FACTOR_FLOATS]
+        return load_float(factors + 4 * own)
+
+    @cuda.jit(device=True, forceinline=True)
     def write_rows(weight, plan, work, floats, factors, y, bias, count):
         for i in range(work.thread, int32(work.tiles * (TILE_ROWS * inputs)), threads):
             own, tile = int32(i >> 4 & (inputs - 1)), int32(i >> tile_shift)
@@ -405,7 +411,7 @@ def writing_function(spec: KernelSpec) -> Any:
                 total = row_total(plan, work.tiles, floats, tile, int32(i & 15), own)
                 total *= np.float32(1 / SUBNORMAL_UNIT)
                 if bfloat:
-                    total *= factors if inputs == 1 else load_float(factors + 4 * own)
+                    total *= factor_of(plan, floats, factors, own)
                 if bias:
                     total += to_float(load_uint16(bias + 2 * row))
                 place = y + 2 * (np.int64(own) * weight.rows + row)
