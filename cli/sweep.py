@@ -61,6 +61,14 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     show_default=True,
     help="Of the choice of these windows; several make a point each.",
 )
+@click.option(
+    "--tune",
+    type=Several(click.IntRange(min=0)),
+    metavar="STEPS,...",
+    default="0",
+    show_default=True,
+    help="As for `spqr compress`; several make a point each.",
+)
 @device_option
 @click.option(
     "--no-dense", is_flag=True, help="Leave out the dense model, which must fit in memory whole."

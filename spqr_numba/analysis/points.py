@@ -43,6 +43,7 @@ class SweepPoint:
 
     name            of the setting; DENSE for the model as it was
     seed            of the choice of calibration windows; None where nothing is calibrated
+    tune            steps of training each block (`compress`)
     config          every field of the setting; None for the dense model
     bits            bits a weight of the compressed linears, from the bytes of their buffers
     outlier_share   outliers a weight
@@ -52,6 +53,7 @@ class SweepPoint:
 
     name: str
     seed: int | None
+    tune: int
     config: dict[str, Any] | None
     bits: float
     outlier_share: float
@@ -85,7 +87,7 @@ class SettingSummary:
 
 
 class SweepFolder:
-    """A folder of points that differ in setting and seed alone.
+    """A folder of points that differ in setting, seed and tuning alone.
 
     common   what they share, in words; points of another `common` cannot be compared with them
 
@@ -105,9 +107,10 @@ class SweepFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def find(self, config: dict[str, Any] | None, seed: int | None) -> SweepPoint | None:
-        """The finished point of a setting and a seed."""
-        return next((p for p in self.points if (p.config, p.seed) == (config, seed)), None)
+    def find(self, config: dict[str, Any] | None, seed: int | None, tune: int) -> SweepPoint | None:
+        """The finished point of a setting, a seed and so many steps of tuning."""
+        wanted = (config, seed, tune)
+        return next((p for p in self.points if (p.config, p.seed, p.tune) == wanted), None)
 
     def add(self, point: SweepPoint) -> None:
         """Keep a finished point."""
@@ -205,6 +208,7 @@ def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "setting": point.name,
         "seed": point.seed,
+        "tune": point.tune,
         "bits": point.bits,
         "outlier_share": point.outlier_share,
         "seconds": point.seconds,

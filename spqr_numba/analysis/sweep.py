@@ -16,8 +16,9 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def sweep(
     out: Path | str,
     *,
     seeds: Sequence[int] = (0,),
+    tune: Sequence[int] = (0,),
     dataset: str | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
@@ -56,13 +58,14 @@ def sweep(
     dense: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[SweepPoint]:
-    """The point of the dense model and of each named setting with each seed, one by one, in order.
+    """The point of the dense model and of each named setting, seed and tuning, one by one.
 
     model      folder, .gguf file, hub name, or None for the bundled model
     settings   name -> setting; of equal ones the first counts
     texts      name -> int64 [N, L] tokens to measure on
     out        folder that keeps the points; those that it holds are not made again
     seeds      of the choice of calibration windows
+    tune       steps of training each block: a point for each, where anything is calibrated
     dataset, nsamples, seqlen, device   as for `compress`
     dense      measure the dense model too, which must fit in memory whole then
     progress   a bar over all that is still to do
@@ -80,7 +83,7 @@ def sweep(
     tokens = load_tokens(dataset, source.tokenizer())
     folder = SweepFolder(Path(out).expanduser(), _common(source, tokens, calibration, texts))
     job = Sweep(model, texts, calibration, folder, progress)
-    yield from job.points(_runs(settings, seeds, dense))
+    yield from job.points(_runs(settings, seeds, tune, dense))
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Run:
     name: str
     config: SpqrConfig | None = None
     seed: int | None = None
+    tune: int = 0
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -103,8 +107,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for the same setting and seed, as a file's name."""
-        text = json.dumps([self.settings, self.seed], sort_keys=True)
+        """The same for the same setting, seed and tuning, as a file's name."""
+        text = json.dumps([self.settings, self.seed, self.tune], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 
     @contextmanager
@@ -131,11 +135,11 @@ class Sweep:
 
     def points(self, runs: Sequence[Run]) -> Iterator[SweepPoint]:
         """The point of each run, found in the folder or made."""
-        missing = [run for run in runs if not self.folder.find(run.settings, run.seed)]
+        missing = [run for run in runs if not self._find(run)]
         if self.progress is not None:
             self.progress.total = STEPS * len(missing)
         for run in runs:
-            point = self.folder.find(run.settings, run.seed)
+            point = self._find(run)
             if point is None:
                 if self.progress is not None:
                     place = f"{missing.index(run) + 1} of {len(missing)}"
@@ -146,12 +150,15 @@ class Sweep:
             shutil.rmtree(self._checkpoint(run), ignore_errors=True)
             yield point
 
+    def _find(self, run: Run) -> SweepPoint | None:
+        return self.folder.find(run.settings, run.seed, run.tune)
+
     def _checkpoint(self, run: Run) -> Path:
         return self.folder.path / run.key
 
     def _dense(self, run: Run) -> SweepPoint:
         Half(self.progress, 1).update()  # nothing to compress
-        return SweepPoint(run.name, None, None, DENSE_BITS, 0.0, 0.0, self._measure(self.model))
+        return SweepPoint(run.name, None, 0, None, DENSE_BITS, 0.0, 0.0, self._measure(self.model))
 
     def _compressed(self, run: Run) -> SweepPoint:
         """Compress and measure."""
@@ -159,13 +166,14 @@ class Sweep:
         checkpoint = self._checkpoint(run)
         if not checkpoint.exists():  # else an earlier run was killed while it measured
             half = Half(self.progress)
-            keywords = {**self.calibration, "seed": run.seed or 0}
+            keywords = {**self.calibration, "seed": run.seed or 0, "tune": run.tune}
             compress(self.model, checkpoint, run.config, **keywords, progress=half)
         total = totals(inspect_checkpoint(checkpoint))
         rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"), LayerRow)
         return SweepPoint(
             name=run.name,
             seed=run.seed,
+            tune=run.tune,
             config=run.settings,
             bits=total.bits,
             outlier_share=total.outlier_share,
@@ -207,7 +215,7 @@ def _common(
     calibration: Mapping[str, Any],
     texts: Mapping[str, torch.Tensor],
 ) -> dict[str, str]:
-    """Everything but setting and seed that shapes a point, in words."""
+    """Everything but setting, seed and tuning that shapes a point, in words."""
     common = {
         "version": __version__,
         "model": f"{source.label} ({source.fingerprint[:12]})",
@@ -225,13 +233,17 @@ def _digest(tokens: torch.Tensor) -> str:
     return sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
-def _runs(settings: Mapping[str, SpqrConfig], seeds: Sequence[int], dense: bool) -> list[Run]:
-    """What is asked for; a setting that calibrates nothing is the same with every seed."""
+def _runs(
+    settings: Mapping[str, SpqrConfig], seeds: Sequence[int], tune: Sequence[int], dense: bool
+) -> list[Run]:
+    """What is asked for; a setting that calibrates nothing has neither seed nor tuning."""
     runs = [Run(DENSE)] if dense else []
     for name, config in settings.items():
-        for seed in dict.fromkeys(seeds) if _calibrates(config) else [None]:
-            if not any((run.config, run.seed) == (config, seed) for run in runs):
-                runs.append(Run(name, config, seed))
+        variants = list(product(tune, seeds)) if _calibrates(config) else [(0, None)]
+        for steps, seed in variants:
+            run = Run(f"{name}, tune {steps}" if steps else name, config, seed, steps)
+            if not any(replace(run, name=other.name) == other for other in runs):
+                runs.append(run)
     return runs
 
 

@@ -27,7 +27,7 @@ from ..tiny import save_tiny_llama
 
 LAYER = "model.layers.1.self_attn.k_proj"
 SWEEP = [
-    SweepPoint(name, seed, config, bits, 0.0, 0.0, {"a": perplexity, "b": perplexity})
+    SweepPoint(name, seed, 0, config, bits, 0.0, 0.0, {"a": perplexity, "b": perplexity})
     for name, seed, config, bits, perplexity in [
         ("fp16", None, None, 16.0, 10.0),
         ("balanced", 0, {}, 3.9, 11.0),

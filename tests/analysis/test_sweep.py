@@ -77,12 +77,19 @@ def test_points_are_those_of_compress_and_eval(
         assert point.seconds > 0
 
 
-def test_each_seed_makes_a_point_where_something_is_calibrated(
+def test_each_seed_and_tuning_makes_a_point_where_something_is_calibrated(
     dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
 ) -> None:
     settings = SETTINGS | {"the same": SpqrConfig()}
     points = list(sweep(dense, settings, texts, tmp_path, seeds=[0, 1, 0], dense=False, **quick))
     assert [(p.name, p.seed) for p in points] == [("paper", 0), ("paper", 1), ("RTN", None)]
+    more = list(sweep(dense, settings, texts, tmp_path, tune=[0, 2], dense=False, **quick))
+    assert [p.name for p in more] == ["paper", "paper, tune 2", "RTN"]
+    assert [p.tune for p in more] == [0, 2, 0]
+    assert [more[0], more[2]] == [points[0], points[2]]
+    compress(dense, tmp_path / "tuned", SETTINGS["paper"], tune=2, **quick)
+    tuned = measure(load_model(str(tmp_path / "tuned"))[0], texts)
+    assert more[1].perplexity == tuned.perplexity
     assert points[0].perplexity != points[1].perplexity
 
 
@@ -249,7 +256,7 @@ def test_on_a_gpu(
 
 def point(name: str, bits: float, *perplexities: float) -> list[SweepPoint]:
     return [
-        SweepPoint(name, seed, {}, bits, 0.0, 0.0, {"a": perplexity})
+        SweepPoint(name, seed, 0, {}, bits, 0.0, 0.0, {"a": perplexity})
         for seed, perplexity in enumerate(perplexities)
     ]
 

@@ -69,7 +69,7 @@ def test_table_json_and_picture(run: Run, dense: Path, text: Path, tmp_path: Pat
 def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
     line = f"sweep {tmp_path / 'out'} --preset paper,small --group-size row,16 --fit min-max"
     line += " --outlier-threshold 0.2,none --true-sequential on,off --skip gate --no-dense"
-    result = run(line + " --calibration-nsamples 7 --seqlen 64 --nsamples 2 --seed 3,4")
+    result = run(line + " --calibration-nsamples 7 --seqlen 64 --nsamples 2 --seed 3,4 --tune 0,9")
     assert result.exit_code == 0, result.output
     assert len(asked["settings"]) == 16
     name = "paper, group_size row, fit min-max, outlier_threshold none, true_sequential on"
@@ -78,7 +78,8 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     assert (asked["model"], asked["out"]) == (None, tmp_path / "out")
     assert asked["texts"]["manual"].shape == (2, 64)
     assert (asked["dataset"], asked["nsamples"], asked["seqlen"]) == (None, 7, 64)
-    assert (asked["seeds"], asked["dense"], asked["device"]) == ((3, 4), False, "cpu")
+    assert (asked["seeds"], asked["tune"]) == ((3, 4), (0, 9))
+    assert (asked["dense"], asked["device"]) == (False, "cpu")
 
 
 def test_without_flags_the_default_preset(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
