@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where files of tests run side by side, each has its share of the cores."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker["workercount"]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
