@@ -54,7 +54,8 @@ def compressed(
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) of `source` compressed, in a folder that goes afterwards.
 
-    calibration holds the keywords of `compress`: dataset, nsamples, seqlen, seed.
+    calibration holds the keywords of `compress`: dataset, nsamples, seqlen, seed, device; on that
+    device the model is.
     """
     from spqr_numba.evaluate.baselines import describe
     from spqr_numba.model.compress import compress
@@ -64,7 +65,7 @@ def compressed(
         out = Path(folder) / "model"
         with progress_bar(description=describe(config), unit="block") as bar:
             compress(source, out, config, progress=bar, **calibration)
-        yield load_model(str(out))
+        yield load_model(str(out), device=calibration.get("device", "cpu"))
 
 
 def baseline_rows(

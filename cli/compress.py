@@ -38,7 +38,11 @@ __all__ = ["compress"]
     is_flag=True,
     help="Keep hidden states in main memory, also where the GPU has room.",
 )
-@click.option("--batch-size", type=int, help="Windows run at once.  [default: about 4096 tokens]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Windows run at once.  [default: about 4096 tokens]",
+)
 @click.option(
     "--target-bits",
     type=float,

@@ -9,7 +9,7 @@ import click
 
 from ._command import Command, echo_table, emit
 from ._comparison import baseline_rows, measure, table, text_windows
-from ._options import model_argument, text_options
+from ._options import device_option, model_argument, text_options
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ __all__ = ["evaluate"]
 @click.command("eval", cls=Command)
 @model_argument
 @text_options
+@device_option
 @click.option("--baselines", is_flag=True, help="Add rows for fp16, RTN and GPTQ.")
 @click.option("--dense", help="With --baselines: the model they start from.  [default: MODEL]")
 @click.option("--bits", default=3, show_default=True, help="With --baselines: of RTN and GPTQ.")
@@ -41,6 +42,7 @@ def evaluate(
     datasets: tuple[str, ...],
     seqlen: int | None,
     nsamples: int | None,
+    device: str,
     baselines: bool,
     dense: str | None,
     bits: int,
@@ -56,11 +58,12 @@ def evaluate(
     from spqr_numba.model.calibration import window_length
     from spqr_numba.model.integration import load_model
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device=device)
     length = window_length(loaded.config, seqlen)
     windows = text_windows(datasets, tokenizer, length, nsamples)
     if baselines:
-        keywords = {"dataset": calibration, "nsamples": calibration_nsamples, "seqlen": length}
+        keywords = {"dataset": calibration, "nsamples": calibration_nsamples}
+        keywords |= {"seqlen": length, "device": device}
         rows = list(_with_baselines(model, loaded, windows, dense, bits, keywords))
     else:
         rows = [measure(loaded, windows)]
@@ -83,7 +86,8 @@ def _with_baselines(
         raise click.UsageError(
             "MODEL is compressed, and the baselines start from a dense model: name it with --dense"
         )
-    yield measure(load_model(dense)[0] if dense else loaded, windows)
+    device = loaded.device
+    yield measure(load_model(dense, device=device)[0] if dense else loaded, windows)
     yield from baseline_rows(dense or model, bits, windows, calibration)
     if is_compressed(loaded):
         yield measure(loaded, windows)

@@ -19,6 +19,7 @@ STATISTICS_BITS = (2, 3, 4, 16)
 PERMUTATIONS = ("act-order", "identity", "spearman")
 FITS = ("min-max", "joint")
 OUTLIER_SEARCHES = ("leave-one-out", "simplified")
+SWITCHES = ("round_zero", "use_hessian", "true_sequential", "asymmetric")
 FACTORIZATION_FALLBACKS = ("error", "round-to-nearest")
 MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential", "asymmetric")
 SECOND_LEVEL_BITS = 16
@@ -79,7 +80,7 @@ class SpqrConfig:
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.outlier_threshold is not None and math.isinf(self.outlier_threshold):
+        if self.outlier_threshold == math.inf:
             object.__setattr__(self, "outlier_threshold", None)
         if isinstance(self.skip, str):
             raise ConfigError(f"skip is the string {self.skip!r}; it must be a list of patterns")
@@ -181,6 +182,12 @@ class SpqrConfig:
         self._check_member("outlier_search", OUTLIER_SEARCHES)
         self._check_member("permutation", PERMUTATIONS)
         self._check_member("on_failed_factorization", FACTORIZATION_FALLBACKS)
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        self._check_number("damping")
+        if self.outlier_threshold is not None:
+            self._check_number("outlier_threshold")
         if self.outlier_threshold is not None and not self.outlier_threshold > 0:
             raise ConfigError(
                 f"outlier_threshold is {self.outlier_threshold}; it must be positive"
@@ -194,6 +201,11 @@ class SpqrConfig:
         if value not in allowed or isinstance(value, bool | float):
             choices = ", ".join("whole row" if a is None else str(a) for a in allowed)
             raise ConfigError(f"{name} is {value!r}; it must be one of {choices}")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name} is {value!r}; it must be a number")
 
     def _check_combinations(self) -> None:
         if self.fit == "joint":

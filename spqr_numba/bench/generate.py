@@ -25,9 +25,8 @@ from ..nn import SpqrLinear
 from ..sampling import Sampling
 from .random_model import BLOCKS, model_config, random_model
 
-__all__ = ["ENGINES", "measure"]
+__all__ = ["measure"]
 
-ENGINES = ("eager", "graph", "compiled")
 LEAST_NEW_TOKENS = 16
 RUNS = 4
 

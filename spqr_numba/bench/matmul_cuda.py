@@ -1,8 +1,8 @@
 """The matrix product on a GPU, timed beside what people use today (rivals.py).
 
 A candidate's products with many copies of its weight, more than a cache holds, are captured in one
-CUDA graph, as a decode step is; its replay is timed with the device's own clock, and the candidates
-take turns.
+CUDA graph, as a decode step is; its replays are timed with the device's own clock, one candidate
+after the other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 
 from ..config import SpqrConfig
 from ..format.layout import MatrixSpec
+from ..format.matrix import SpqrMatrix
 from ..kernels.dequantize import dequantize
 from ..kernels.matmul import matmul
-from ..kernels.prepared import PreparedMatrix, prepare
+from ..kernels.prepared import PreparedMatrix, can_prepare, prepare
 from .random_model import random_weight
 from .rivals import RIVALS, Product
 
@@ -34,6 +35,7 @@ READ_BYTES = 2**30
 logger = logging.getLogger(__name__)
 
 Row = dict[str, str | int | float | None]
+Weight = SpqrMatrix | PreparedMatrix
 
 
 def measure_shape(
@@ -46,7 +48,7 @@ def measure_shape(
     device = torch.device("cuda")
     spec = MatrixSpec.from_config(config, rows, columns)
     matrix = random_weight(spec, outliers, device)
-    weight = prepare(matrix)
+    weight = prepare(matrix) if can_prepare(matrix) else matrix
     x = torch.randn(batch, columns, device=device, dtype=torch.float16)
     check(matmul(x, weight), x, dequantize(matrix))
     del matrix
@@ -84,13 +86,13 @@ def timed_rival(make: Callable[[], Product], x: torch.Tensor) -> list[float]:
     return timed([first, *cold(make, torch.cuda.memory_allocated() - before)], x)
 
 
-def _multiply(weight: PreparedMatrix, x: torch.Tensor) -> torch.Tensor:
+def _multiply(weight: Weight, x: torch.Tensor) -> torch.Tensor:
     return matmul(x, weight)
 
 
-def copy_of(weight: PreparedMatrix) -> PreparedMatrix:
+def copy_of(weight: Weight) -> Weight:
     """The same numbers in other memory."""
-    return PreparedMatrix(weight.spec, {name: t.clone() for name, t in weight.tensors.items()})
+    return type(weight)(weight.spec, {name: t.clone() for name, t in weight.tensors.items()})
 
 
 def cold(make: Callable[[], Any], weight_bytes: int) -> list[Any]:

@@ -173,7 +173,7 @@ def plans(
 
 
 def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int) -> Plan:
-    """The table above, line by line, for slabs of so many segments."""
+    """The table of product_cuda.py, line by line, for slabs of so many segments."""
     inputs, slabs = spec.unit.inputs, ceil_div(segments_of(weight.spec), segments)
     buffers, columns = min(slabs, 2), segments * SEGMENT_COLUMNS
     stride = columns + weight.spec.group_size  # which keeps inputs in banks of their own

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import InputError
 from ..format.layout import MAX_UINT16_INDICES, MatrixSpec, ceil_div
 from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
@@ -155,8 +156,10 @@ class PreparedMatrix:
 
 
 def prepare(matrix: SpqrMatrix) -> PreparedMatrix:
-    """Rearrange a weight for which `can_prepare` holds, on the device where it is."""
+    """Rearrange a weight, on the device where it is. Raises InputError unless `can_prepare`."""
     spec = matrix.spec
+    if not can_prepare(matrix):
+        raise InputError(f"a weight of these settings cannot be prepared: {spec}")
     tensors = to_runs(spec, matrix.tensors) if "outlier_values" in matrix.tensors else {}
     prepared = PreparedMatrix(spec, tensors)
     tensors["records"] = torch.cat(

@@ -12,7 +12,7 @@ import torch
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import InputError
 from spqr_numba.format.matrix import SpqrMatrix
-from spqr_numba.kernels.matmul import matmul
+from spqr_numba.kernels.matmul import matmul, matmul_reference
 
 from .. import oracle
 from ..problems import make_spec
@@ -38,6 +38,14 @@ def assert_right(
 
 def run(x: torch.Tensor, matrix: SpqrMatrix, device: torch.device) -> torch.Tensor:
     return matmul(x.to(device), matrix.to(device)).cpu()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_the_oracles_product(name: str) -> None:
+    matrix = build(name)
+    x = make_x(3, matrix.spec.in_features)
+    expected = oracle.matmul(x, oracle.decode(matrix).weight)
+    np.testing.assert_allclose(matmul_reference(x.numpy(), matrix), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 40])

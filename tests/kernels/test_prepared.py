@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.errors import InputError
 from spqr_numba.kernels.prepared import can_prepare, pack_pairs, prepare, unpack_pairs
 from tests.problems import make_spec
 
@@ -53,7 +54,10 @@ def test_without_outliers_and_permutation() -> None:
     ids=str,
 )
 def test_other_settings_stay_canonical(settings: dict[str, Any]) -> None:
-    assert not can_prepare(random_matrix(make_spec(16, 64, **settings), 1))
+    matrix = random_matrix(make_spec(16, 64, **settings), 1)
+    assert not can_prepare(matrix)
+    with pytest.raises(InputError, match="cannot be prepared"):
+        prepare(matrix)
 
 
 def test_pairs_by_hand() -> None:
