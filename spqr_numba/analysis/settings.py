@@ -6,6 +6,7 @@ A setting's name says what it is, as a preset and what was changed in it: "balan
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from ..errors import ConfigError
 from ..evaluate.baselines import describe
 
 __all__ = ["ablation", "baselines", "grid"]
+
+logger = logging.getLogger(__name__)
 
 Settings = dict[str, SpqrConfig]
 
@@ -36,15 +39,31 @@ PARTS = (
 """What an ablation changes at once: fields that one decides together."""
 
 NO_OUTLIERS = {"outlier_threshold": None}
+PLAIN = SpqrConfig(outlier_threshold=None, permutation="identity")  # goes with any one value
 
 
 def grid(presets: Iterable[str], values: Mapping[str, Sequence[Any]]) -> Settings:
     """Each preset with every combination of `values` (field -> what to give it), by name.
 
-    Raises ConfigError, with the setting's name, for a combination that contradicts itself.
+    A combination that contradicts itself is left out, with a note. Raises ConfigError, with the
+    setting's name, where that leaves none, and for a value that no setting can have.
     """
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-    return dict(_changed(preset, changes) for preset in presets for changes in combinations)
+    found: Settings = {}
+    refused: list[ConfigError] = []
+    for preset, changes in product(presets, combinations):
+        try:
+            name, config = _changed(preset, changes)
+            found[name] = config
+        except ConfigError as error:
+            if not _possible(changes):
+                raise
+            refused.append(error)
+    if refused and not found:
+        raise refused[0]
+    for reason in refused:
+        logger.warning("left out %s", reason)
+    return found
 
 
 def ablation(preset: str, changes: Mapping[str, Any]) -> Settings:
@@ -89,6 +108,16 @@ def _papers(bits: int) -> str:
 
 def _values(config: SpqrConfig, part: Iterable[str]) -> dict[str, Any]:
     return {field: getattr(config, field) for field in part}
+
+
+def _possible(changes: Mapping[str, Any]) -> bool:
+    """Whether some setting can have each of these values, if not all of them together."""
+    try:
+        for field, value in changes.items():
+            replace(PLAIN, **{field: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def _changed(preset: str, changes: Mapping[str, Any]) -> tuple[str, SpqrConfig]:

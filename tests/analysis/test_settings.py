@@ -33,9 +33,24 @@ def test_values_read_as_they_are_given() -> None:
     ]
 
 
-def test_a_contradiction_is_named() -> None:
+def test_a_contradiction_is_left_out_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    settings = grid(["paper", "balanced"], {"scale_bits": [3, 16]})
+    assert list(settings) == [
+        "paper, scale_bits 3",
+        "paper, scale_bits 16",
+        "balanced, scale_bits 3",
+    ]
+    assert "left out balanced, scale_bits 16: fit='joint' chooses" in caplog.text
+
+
+def test_nothing_but_contradictions() -> None:
     with pytest.raises(ConfigError, match="balanced, scale_bits 16: fit='joint' chooses"):
-        grid(["paper", "balanced"], {"scale_bits": [3, 16]})
+        grid(["balanced", "small"], {"scale_bits": [16]})
+
+
+def test_a_value_that_no_setting_can_have() -> None:
+    with pytest.raises(ConfigError, match="paper, bits 9: bits is 9"):
+        grid(["paper"], {"bits": [3, 9]})
 
 
 def test_an_ablation_adds_and_leaves_out_each_part() -> None:
