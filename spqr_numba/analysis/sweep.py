@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -28,10 +28,12 @@ from .. import __version__
 from ..config import SpqrConfig
 from ..errors import NumericsError
 from ..evaluate.perplexity import perplexity
+from ..model.blocks import check_causal, check_dense, find_blocks, plan
 from ..model.calibration import load_tokens, window_length
 from ..model.compress import Progress, compress
 from ..model.integration import load_model
 from ..model.report import LAYERS_FILE, LayerRow, read_rows
+from ..model.skeleton import build_skeleton
 from ..model.source import Source, open_source
 from .checkpoint import inspect_checkpoint
 from .findings import totals
@@ -71,9 +73,11 @@ def sweep(
     progress   a bar over all that is still to do
 
     Raises CheckpointError where `out` holds anything else, and what `compress`, `load_model` and
-    `perplexity` do; a NumericsError names the setting.
+    `perplexity` do, for a model or a setting that cannot be handled before any is measured; a
+    NumericsError names the setting.
     """
     source = open_source(model)
+    _check(source, settings.values())
     calibration: dict[str, Any] = {
         "dataset": dataset,
         "nsamples": nsamples,
@@ -207,6 +211,15 @@ class Half:
 
     def set_postfix_str(self, s: str) -> None:
         """The bar says which point it is, and no more."""
+
+
+def _check(source: Source, settings: Iterable[SpqrConfig]) -> None:
+    """Refuse now, and not behind hours of other points, what `compress` will refuse."""
+    check_dense(source.config)
+    check_causal(source.config)
+    blocks = find_blocks(build_skeleton(source.config, torch.float16))
+    for config in settings:
+        plan(blocks, config)
 
 
 def _common(

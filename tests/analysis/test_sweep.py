@@ -15,7 +15,7 @@ from spqr_numba.analysis import sweep as sweep_module
 from spqr_numba.analysis.points import SweepPoint, excess, frontier, read_sweep, summaries
 from spqr_numba.analysis.sweep import sweep
 from spqr_numba.config import SpqrConfig
-from spqr_numba.errors import CheckpointError, NumericsError
+from spqr_numba.errors import CheckpointError, ConfigError, ModelError, NumericsError
 from spqr_numba.evaluate.baselines import measure
 from spqr_numba.model.compress import Compression, compress
 from spqr_numba.model.integration import load_model
@@ -203,6 +203,20 @@ def test_folders_that_hold_something_else(
     (broken / "sweep.json").write_text(json.dumps({"common": {}, "points": [{"bits": 3}]}))
     with pytest.raises(CheckpointError, match="cannot read a sweep"):
         list(sweep(dense, {}, texts, broken, **quick))
+
+
+def test_nothing_is_measured_where_something_cannot_be_compressed(
+    dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    settings = SETTINGS | {"nothing": SpqrConfig(skip=("nomatch",))}
+    with pytest.raises(ConfigError, match="'nomatch' matches no weight"):
+        list(sweep(dense, settings, texts, out, **quick))
+    compressed = tmp_path / "compressed"
+    compress(dense, compressed, SETTINGS["RTN"])
+    with pytest.raises(ModelError, match="already quantized"):
+        list(sweep(str(compressed), SETTINGS, texts, out, **quick))
+    assert not out.exists()
 
 
 def test_an_error_names_its_setting(
