@@ -67,7 +67,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     metavar="STEPS,...",
     default="0",
     show_default=True,
-    help="As for `spqr compress`; several make a point each.",
+    help="As for `spqr compress`; several make a point each. Rounding to nearest is not tuned.",
 )
 @device_option
 @click.option(
@@ -78,9 +78,10 @@ def sweep(model: str | None, out: str | None, as_json: bool, **options: Any) -> 
     """Measure what settings are worth on MODEL, into the folder OUT.
 
     Settings take several values, as in `--bits 3,4 --fit joint,min-max`: all combinations are made,
-    on each preset. Each is compressed and measured as `spqr compress` and `spqr eval` do it, every
-    block calibrated on what the compressed ones before it give. What OUT holds is not made again:
-    an interrupted sweep goes on, and other options add to it.
+    on each preset, but for those that contradict themselves. Each is compressed and measured as
+    `spqr compress` and `spqr eval` do it, every block calibrated on what the compressed ones before
+    it give. What OUT holds is not made again: an interrupted sweep goes on, and other options add
+    to it.
 
     MODEL is a folder, a hub name or a .gguf file; with OUT alone, it is the bundled model.
     """
@@ -113,7 +114,8 @@ def _settings(options: dict[str, Any]) -> dict[str, SpqrConfig]:
     else:
         found = grid(presets, values)
     found |= baselines(bits or ())
-    return {name: replace(config, skip=skip) for name, config in found.items()}
+    skipped = "".join(f", skip {pattern}" for pattern in skip)
+    return {name + skipped: replace(config, skip=skip) for name, config in found.items()}
 
 
 def _single(values: dict[str, tuple[Any, ...]]) -> dict[str, Any]:

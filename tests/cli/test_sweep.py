@@ -73,7 +73,7 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     assert result.exit_code == 0, result.output
     assert len(asked["settings"]) == 16
     name = "paper, group_size row, fit min-max, outlier_threshold none, true_sequential on"
-    config = asked["settings"][name]
+    config = asked["settings"][f"{name}, skip gate"]
     assert (config.group_size, config.outlier_threshold, config.skip) == (None, None, ("gate",))
     assert (asked["model"], asked["out"]) == (None, tmp_path / "out")
     assert asked["texts"]["manual"].shape == (2, 64)
@@ -94,6 +94,28 @@ def test_an_ablation_in_one_command(run: Run, tmp_path: Path, asked: dict[str, A
     assert len(asked["settings"]) == 2 * 7 + 4
     assert "paper, fit joint" in asked["settings"]
     assert "balanced, true_sequential off" in asked["settings"]
+
+
+def test_what_is_skipped_is_in_every_name(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
+    line = f"sweep {tmp_path / 'out'} --preset paper --baselines 4 --skip gate --skip down_proj"
+    assert run(line).exit_code == 0
+    assert "paper, skip gate, skip down_proj" in asked["settings"]
+    assert "RTN 4 bit, skip gate, skip down_proj" in asked["settings"]
+    assert {config.skip for config in asked["settings"].values()} == {("gate", "down_proj")}
+
+
+def test_a_contradictory_combination_is_noted(
+    run: Run, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    line = f"sweep {tmp_path / 'out'} --preset paper --fit joint,min-max --scale-bits 3,16"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    assert len(asked["settings"]) == 3
+    assert "left out paper, scale_bits 16, fit joint: fit='joint' chooses" in result.stderr
+
+
+def test_help_says_that_rounding_is_not_tuned(run: Run) -> None:
+    assert "Rounding to nearest is not tuned" in " ".join(run("sweep --help").stdout.split())
 
 
 def test_ctrl_c_says_what_is_kept(
