@@ -27,9 +27,16 @@ from safetensors.torch import load_file
 from ..errors import ConfigError, DataError
 from .hub import HUB_TEXTS, hub_text
 
-__all__ = ["consecutive_windows", "load_tokens", "sample_windows", "window_length"]
+__all__ = [
+    "consecutive_windows",
+    "load_tokens",
+    "sample_windows",
+    "sample_windows_apart",
+    "window_length",
+]
 
 DEFAULT_SEQLEN = 2048
+HELD_BACK_SHARE = 8  # one token in so many, the last ones, where some windows are held back
 UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 TOKEN_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
 
@@ -70,9 +77,31 @@ def sample_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: int) 
     int64 [nsamples, seqlen]; they may overlap. Raises DataError for fewer than seqlen + 1 tokens.
     """
     _check_counts(nsamples, seqlen)
-    _check_enough(len(tokens), seqlen + 1, seqlen)
+    _check_enough(len(tokens), seqlen + 1, f"windows of {seqlen}")
+    return _draw(tokens, nsamples, seqlen, random.Random(seed))
+
+
+def sample_windows_apart(
+    tokens: torch.Tensor, trained: int, held_back: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """Windows of `tokens` [n] at random places: `trained` of them, then `held_back` ones.
+
+    The latter come from the last eighth of the text, or as much as a window takes, the former from
+    what is before it, so that no token is in both.
+    int64 [trained + held_back, seqlen]. Raises DataError for fewer than 2 * (seqlen + 1) tokens.
+    """
+    _check_counts(min(trained, held_back), seqlen)
+    least = seqlen + 1
+    windows = f"windows of {seqlen}, some of them held back from a part of the text of their own,"
+    _check_enough(len(tokens), 2 * least, windows)
     generator = random.Random(seed)
-    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+    end = len(tokens) - max(len(tokens) // HELD_BACK_SHARE, least)
+    before = _draw(tokens[:end], trained, seqlen, generator)
+    return torch.cat([before, _draw(tokens[end:], held_back, seqlen, generator)])
+
+
+def _draw(tokens: torch.Tensor, count: int, seqlen: int, generator: random.Random) -> torch.Tensor:
+    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(count)]
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
@@ -84,7 +113,7 @@ def consecutive_windows(
     A last, shorter window is left out. Raises DataError for fewer than seqlen tokens.
     """
     _check_counts(1 if limit is None else limit, seqlen)
-    _check_enough(len(tokens), seqlen, seqlen)
+    _check_enough(len(tokens), seqlen, f"windows of {seqlen}")
     count = len(tokens) // seqlen
     return tokens[: count * seqlen].view(count, seqlen)[:limit]
 
@@ -96,11 +125,11 @@ def _check_counts(windows: int, seqlen: int) -> None:
         raise DataError(f"seqlen is {seqlen}; a window needs at least 2 tokens")
 
 
-def _check_enough(tokens: int, needed: int, seqlen: int) -> None:
+def _check_enough(tokens: int, needed: int, windows: str) -> None:
     if tokens < needed:
         raise DataError(
-            f"the text has {tokens} tokens, and windows of {seqlen} need at least {needed}; give"
-            " more text or a smaller seqlen"
+            f"the text has {tokens} tokens, and {windows} need at least {needed}; give more text or"
+            " a smaller seqlen"
         )
 
 

@@ -41,7 +41,7 @@ from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
 from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
-from .calibration import load_tokens, sample_windows, window_length
+from .calibration import load_tokens, sample_windows, sample_windows_apart, window_length
 from .checkpoint import CheckpointWriter, WriteBehind, check_free
 from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
@@ -210,8 +210,17 @@ class Compression:
                 f"the text has token {tokens.max().item()}, and the model knows 0 ..."
                 f" {vocabulary - 1}; tokenizer and model do not belong together"
             )
-        self.windows = sample_windows(tokens, nsamples, length, seed)
+        self.windows = self._draw_windows(tokens, nsamples, length, seed)
         self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
+
+    def _draw_windows(
+        self, tokens: torch.Tensor, nsamples: int, length: int, seed: int
+    ) -> torch.Tensor:
+        """int64 [nsamples, length]; those that tuning holds back share no token with others."""
+        if self.tuning is None:
+            return sample_windows(tokens, nsamples, length, seed)
+        trained, held_back = self.tuning.trained, self.tuning.held_back
+        return sample_windows_apart(tokens, trained, held_back, length, seed)
 
     def activations_crowd(self) -> bool:
         """Whether all hidden states would leave a GPU too little memory for the work on a block."""

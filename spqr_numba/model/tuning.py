@@ -5,7 +5,8 @@
     quantize    (quantize_block.py)
     train       codes fixed: second-level statistics, outlier values and weights of norms, by Adam
                 in fp32 on batches of calibration windows, at a rate that falls as a cosine does
-    measure     ten times meanwhile, on windows that are held back from the training
+    measure     ten times meanwhile, on windows that are held back from the training, of a part of
+                the text that no other window touches
     keep        what was best, the start included
 
 Every pass uses numbers rounded as they would be stored, and what is measured is the block with just
@@ -54,7 +55,7 @@ class Tuning:
     """How blocks are tuned; raises ConfigError for what cannot be.
 
     steps           of training each block, at most
-    windows         of calibration text
+    windows         of calibration text; the last ones are held back
     seed            of the order of windows
     learning_rate   at first: the share of its own size by which a step changes a number
     """
@@ -75,8 +76,13 @@ class Tuning:
 
     @property
     def trained(self) -> int:
-        """How many windows are trained on, the first ones; the others are held back."""
-        return self.windows - min(max(1, self.windows // HELD_BACK_SHARE), MOST_HELD_BACK)
+        """How many windows are trained on, the first ones."""
+        return self.windows - self.held_back
+
+    @property
+    def held_back(self) -> int:
+        """How many windows are measured on, the last ones."""
+        return min(max(1, self.windows // HELD_BACK_SHARE), MOST_HELD_BACK)
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""

@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from spqr_numba.errors import DataError
-from spqr_numba.model.calibration import consecutive_windows, load_tokens, sample_windows
+from spqr_numba.model.calibration import (
+    consecutive_windows,
+    load_tokens,
+    sample_windows,
+    sample_windows_apart,
+)
 
 from ..tiny import byte_tokenizer
 
@@ -133,6 +138,27 @@ def test_too_little_text_says_how_much() -> None:
     assert consecutive_windows(TOKENS, 100).shape == (1, 100)
     with pytest.raises(DataError, match="has 100 tokens, and windows of 101 need at least 101"):
         consecutive_windows(TOKENS, 101)
+
+
+@pytest.mark.parametrize("seqlen", [5, 11, 12, 30, 49])
+def test_windows_apart_share_no_token(seqlen: int) -> None:
+    for seed in range(20):
+        windows = sample_windows_apart(TOKENS, 14, 2, seqlen, seed)
+        assert windows.shape == (16, seqlen)
+        assert windows[:14].max() < windows[14:].min()
+        assert torch.equal(windows, sample_windows_apart(TOKENS, 14, 2, seqlen, seed))
+        assert torch.equal(windows, windows[:, :1] + torch.arange(seqlen))
+
+
+def test_windows_apart_reach_all_of_the_last_eighth() -> None:
+    windows = sample_windows_apart(TOKENS, 500, 50, 5, 0)
+    assert (windows[:500].max(), windows[500:].min()) == (86, 88)
+
+
+def test_windows_apart_need_text_for_two() -> None:
+    message = "has 100 tokens, and windows of 50, some of them held back .* need at least 102"
+    with pytest.raises(DataError, match=message):
+        sample_windows_apart(TOKENS, 7, 1, 50, 0)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(None, 3), (2, 2), (9, 3)])

@@ -17,10 +17,12 @@ from spqr_numba.errors import ConfigError
 from spqr_numba.kernels.dequantize import dequantize
 from spqr_numba.model.activations import Activations
 from spqr_numba.model.blocks import find_blocks, find_linears, find_norms, plan
-from spqr_numba.model.compress import compress
+from spqr_numba.model.calibration import sample_windows
+from spqr_numba.model.compress import Compression, compress
 from spqr_numba.model.integration import load_model
 from spqr_numba.model.quantize_block import BlockQuantizer
 from spqr_numba.model.report import Clock, TunedRow, read_rows
+from spqr_numba.model.source import open_source
 from spqr_numba.model.tuning import BlockTuner, TunedBlock, Tuning
 from spqr_numba.quantize.solver import QuantizedWeight
 
@@ -226,6 +228,7 @@ def test_every_window_is_trained_on_before_any_comes_again() -> None:
 @pytest.mark.parametrize(("windows", "trained"), [(2, 1), (7, 6), (128, 112), (1000, 984)])
 def test_some_windows_are_held_back(windows: int, trained: int) -> None:
     assert Tuning(1, windows).trained == trained
+    assert Tuning(1, windows).held_back == windows - trained
 
 
 @pytest.mark.parametrize(
@@ -294,12 +297,33 @@ def test_a_tuned_checkpoint_loads_as_it_was_tuned(
     assert all(0 < row.error_after < row.error_before for row in rows)
 
 
-def test_without_tuning_the_bytes_are_as_ever(folder_of: Callable[[str], Path], run: Run) -> None:
-    plain, tuned = run(folder_of("llama"), "plain", tune=0), run(folder_of("llama"), "tuned")
-    assert not (plain / "tuning.csv").exists()
+def test_what_is_held_back_is_text_that_no_other_window_has(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """A window of it that is in the training too would call any overfitting better."""
+    source, tokens = open_source(str(folder_of("llama"))), torch.arange(250)
+    job = Compression(source, PAPER, torch.device("cpu"), Clock("cpu"), tuning := Tuning(1, 16))
+    job.calibrate_on(tokens, 16, 24, seed=0, batch_size=None)
+    assert job.windows is not None
+    trained, held_back = job.windows[: tuning.trained], job.windows[tuning.trained :]
+    assert len(held_back) == 2
+    assert not set(trained.flatten().tolist()) & set(held_back.flatten().tolist())
+
+
+def test_without_tuning_windows_are_as_ever(folder_of: Callable[[str], Path], run: Run) -> None:
+    source, tokens = open_source(str(folder_of("llama"))), torch.arange(250)
+    job = Compression(source, PAPER, torch.device("cpu"), Clock("cpu"))
+    job.calibrate_on(tokens, 16, 24, seed=3, batch_size=None)
+    assert job.windows is not None
+    assert torch.equal(job.windows, sample_windows(tokens, 16, 24, seed=3))
+    assert not (run(folder_of("llama"), tune=0) / "tuning.csv").exists()
+
+
+def test_how_long_it_is_tuned_changes_no_code(folder_of: Callable[[str], Path], run: Run) -> None:
+    outs = run(folder_of("llama"), "short", tune=1), run(folder_of("llama"), "long")
     codes = [
         {name: layer.codes for name, layer in spqr_linears(load_model(str(out))[0]).items()}
-        for out in (plain, tuned)
+        for out in outs
     ]
     first = "model.layers.0.self_attn.q_proj"
     assert torch.equal(codes[0][first], codes[1][first])
