@@ -93,7 +93,8 @@ class Tuning:
         return steps == self.steps or steps % max(1, self.steps // MEASUREMENTS) == 0
 
     def batches(self, size: int, block: int) -> Iterator[list[int]]:
-        """The `size` windows of each step; all come once before any comes again."""
+        """The `size` windows of each step, or all; all come once before any comes again."""
+        size = min(size, self.trained)
         order = random.Random(f"{self.seed} {block}")
         waiting: list[int] = []
         for _ in range(self.steps):
@@ -253,8 +254,7 @@ class BlockTuner:
         optimizer = torch.optim.Adam(block.trained(), betas=BETAS)
         halves = next(self.block.parameters()).dtype == torch.float16
         scaler = torch.amp.GradScaler(self.device.type, enabled=halves)
-        size = min(self.activations.batch_size, self.tuning.windows)
-        batches = self.tuning.batches(size, self.index)
+        batches = self.tuning.batches(self.activations.batch_size, self.index)
         for step, batch in enumerate(batches):
             optimizer.param_groups[0]["lr"] = self.tuning.rate(step)
             optimizer.zero_grad()

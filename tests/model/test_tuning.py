@@ -225,6 +225,11 @@ def test_every_window_is_trained_on_before_any_comes_again() -> None:
     assert batches != list(tuning.batches(4, block=1))
 
 
+def test_no_batch_is_larger_than_the_training_set() -> None:
+    for batch in Tuning(steps=5, windows=8).batches(8, block=0):
+        assert sorted(batch) == list(range(7))
+
+
 @pytest.mark.parametrize(("windows", "trained"), [(2, 1), (7, 6), (128, 112), (1000, 984)])
 def test_some_windows_are_held_back(windows: int, trained: int) -> None:
     assert Tuning(1, windows).trained == trained
