@@ -46,8 +46,10 @@ class BlockQuantizer:
         ration: Ration | None = None,
     ) -> None:
         self.block, self.index, self.clock, self.ration = block, index, clock, ration
-        named = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
-        self.linears = {linear: module for linear, module in named.items() if linear in settings}
+        full_names = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
+        self.linears = {
+            linear: module for linear, module in full_names.items() if linear in settings
+        }
         self.settings = {linear: settings[linear] for linear in self.linears}
         self._keeps_dense = False
         self._dense: dict[str, torch.Tensor] = {}  # weights of linears that are compressed already
