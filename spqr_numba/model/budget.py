@@ -179,10 +179,7 @@ class Target:
 
     def check(self, config: SpqrConfig) -> None:
         """Raise ConfigError where `config` leaves nothing to choose, or says it already."""
-        if not config.use_hessian:
-            raise ConfigError(
-                "target_bits weighs errors by the Hessian, and use_hessian=False has none"
-            )
+        self.check_hessians([config])
         if config.outlier_threshold is None and not self.per_layer:
             raise ConfigError(
                 "target_bits chooses outlier thresholds, and outlier_threshold=None keeps no"
@@ -196,6 +193,13 @@ class Target:
                     f"the override for {pattern!r} sets {both[0]}, which target_bits chooses; drop"
                     " one of the two"
                 )
+
+    def check_hessians(self, settings: Iterable[SpqrConfig]) -> None:
+        """Raise ConfigError where no layer's `settings` have a Hessian."""
+        if not any(config.use_hessian for config in settings):
+            raise ConfigError(
+                "target_bits weighs errors by the Hessian, and use_hessian=False has none"
+            )
 
     def check_reach(self, least: float, most: float, weights: int) -> None:
         """Raise ConfigError where the target is not between two numbers of bytes."""

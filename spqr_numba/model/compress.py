@@ -180,6 +180,7 @@ class Compression:
     def _check_target(self) -> None:
         if self.target is not None:
             self.target.check(self.config)
+            self.target.check_hessians(self.settings.values())
             sizes = [
                 least_bytes(config, self.model.get_submodule(name), self.target.per_layer)
                 for name, config in self.settings.items()
@@ -295,7 +296,7 @@ class Compression:
 
     def _survey(self, progress: Progress) -> Curves:
         """The options of every layer; kept beside the blocks, for a run that continues this one."""
-        assert self.windows is not None  # Target.check: something calibrates
+        assert self.windows is not None  # Target.check_hessians: something calibrates
         parts = Parts(self.model, self.blocks, self.weights, self.device, self.dtype)
         with self.clock("survey"):
             curves = survey(

@@ -22,6 +22,7 @@ from .conftest import Run
 from .test_options import PAPER_COMMAND
 
 QUICK = "--nsamples 2 --seqlen 32"
+NEAREST = "use_hessian=false,outlier_threshold=none,permutation=identity"
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -218,6 +219,7 @@ def test_bad_models(
         ("--override layers.9:bits=4", ["layers.9"]),
         ("--target-bits 2.5", ["target_bits is 2.5", "bits and more on this model"]),
         ("--target-bits 5 --nearest", ["use_hessian=False has none"]),
+        (f"--target-bits 5 --override .:{NEAREST}", ["use_hessian=False has none"]),
         ("--target-bits 5 --outlier-threshold inf", ["keeps no outliers"]),
         ("--target-bits 5 --per-layer --override q_proj:bits=4", ["'q_proj' sets bits"]),
         ("--per-layer", ["give target_bits"]),
