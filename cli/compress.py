@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,19 +120,19 @@ def _tuning(report: CompressionReport) -> str:
 
 def _choices(layers: list[LayerRow]) -> list[dict[str, Cell]]:
     """What layers were given: a line for each bits and group size, with their thresholds."""
-    chosen: dict[tuple, list[LayerRow]] = {}
+    chosen: dict[tuple[int, float], list[LayerRow]] = {}
     for row in layers:
-        chosen.setdefault((row.code_bits, row.group_size or "row"), []).append(row)
+        chosen.setdefault((row.code_bits, row.group_size or math.inf), []).append(row)
     weights = sum(row.weights for row in layers)
     return [
         {
             "bits": bits,
-            "group": group,
+            "group": "row" if group == math.inf else group,
             "layers": len(rows),
             "weights %": 100 * sum(row.weights for row in rows) / weights,
             "outlier thresholds": _range([row.outlier_threshold for row in rows]),
         }
-        for (bits, group), rows in sorted(chosen.items(), key=lambda item: str(item[0]))
+        for (bits, group), rows in sorted(chosen.items(), key=lambda item: item[0])
     ]
 
 

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
+from spqr_cli.compress import _choices
 from spqr_numba.model import compress as compress_module
+from spqr_numba.model.report import LayerRow
 
 from .conftest import Run
 from .test_options import PAPER_COMMAND
@@ -127,6 +129,19 @@ def test_a_target_is_shown_beside_what_was_chosen(
     report = json.loads(run(f"{line} --target-bits 6 --overwrite --json").stdout)
     assert {row["code_bits"] for row in report["layers"]} == {3}
     assert len({row["outlier_threshold"] for row in report["layers"]}) > 1
+
+
+def test_choices_stand_in_the_order_of_their_numbers() -> None:
+    groups = [(3, 32), (3, None), (2, 16), (3, 8)]
+    layers = [
+        LayerRow(
+            f"layer {i}", 4, 8, bits, group, 0.2, 0.1, 1e-9, 0.01, 0.1, 1.0, 2.5, 0.5, 3.0, 3.5,
+            False, 0.25,
+        )
+        for i, (bits, group) in enumerate(groups)
+    ]  # fmt: skip
+    lines = [(line["bits"], line["group"]) for line in _choices(layers)]
+    assert lines == [(2, 16), (3, 8), (3, 32), (3, "row")]
 
 
 def no_folder(model: Path) -> None:
