@@ -201,12 +201,14 @@ class Compression:
     ) -> None:
         """Draw the calibration windows.
 
-        Raises ConfigError for a seqlen beyond the model's context, DataError for too few tokens or
-        tokens that the model does not have.
+        Raises ConfigError for a seqlen beyond the model's context or a batch of none, DataError for
+        too few tokens or tokens that the model does not have.
         """
         length = window_length(self.source.config, seqlen)
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; at least one window runs at once")
         vocabulary = self.source.config.get_text_config().vocab_size
-        if tokens.max() >= vocabulary:
+        if len(tokens) and tokens.max() >= vocabulary:
             raise DataError(
                 f"the text has token {tokens.max().item()}, and the model knows 0 ..."
                 f" {vocabulary - 1}; tokenizer and model do not belong together"

@@ -381,12 +381,18 @@ def test_settings_that_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_text(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("x" * 30)
+@pytest.mark.parametrize("tokens", [0, 30])
+def test_too_little_text(folder_of: FolderOf, run: Run, tmp_path: Path, tokens: int) -> None:
+    (tmp_path / "short.txt").write_text("x" * tokens)
     with pytest.raises(
-        DataError, match="the text has 30 tokens, and windows of 40 need at least 41"
+        DataError, match=f"the text has {tokens} tokens, and windows of 40 need at least 41"
     ):
         run(folder_of("llama"), dataset=str(tmp_path / "short.txt"), seqlen=40)
+
+
+def test_a_batch_of_nothing(folder_of: FolderOf, run: Run) -> None:
+    with pytest.raises(ConfigError, match="batch_size is 0; at least one window"):
+        run(folder_of("llama"), batch_size=0)
 
 
 def test_a_tokenizer_of_another_model(folder_of: FolderOf, run: Run, tmp_path: Path) -> None:
