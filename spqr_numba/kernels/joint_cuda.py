@@ -86,7 +86,9 @@ def joint_function(width: int, parts: int) -> Any:
             )
             if other_cost < cost:
                 levels, cost, pair = others, other_cost, other_pair
-        reach = min(count, np.uint32(REACH), np.uint32(min(stop, np.uint32(upper.shape[0])) - j))
+        # Without U nothing is propagated: 0 - j would be a large unsigned number.
+        known = max(np.uint32(j), min(np.uint32(stop), np.uint32(upper.shape[0])))
+        reach = min(count, np.uint32(REACH), np.uint32(known - j))
         found = grid_of_pair(pair, levels, bits)
         of_plain = grid_of_pair(pair_of_plain, plain, bits)
         if plain_is_cheaper(
