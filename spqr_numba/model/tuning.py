@@ -257,11 +257,7 @@ class BlockTuner:
         batches = self.tuning.batches(self.activations.batch_size, self.index)
         for step, batch in enumerate(batches):
             optimizer.param_groups[0]["lr"] = self.tuning.rate(step)
-            optimizer.zero_grad()
-            for error in self._errors(block, batch):
-                scaler.scale(error / best.before).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            self._step(block, batch, best.before, optimizer, scaler)
             if self.tuning.measures_after(step + 1):
                 best.offer(self._error(block), step + 1)
                 self._show(step + 1, best)
@@ -270,6 +266,28 @@ class BlockTuner:
         best.restore()
         block.settle()
         return best
+
+    def _step(
+        self,
+        block: TrainableBlock,
+        batch: Sequence[int],
+        unit: float,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """One step of training, errors in multiples of `unit`.
+
+        Where gradients pass the largest fp16 number the scaler takes no step and halves its scale:
+        the batch comes again, until it is not the scale that is too large.
+        """
+        scale = math.inf
+        while scaler.get_scale() < scale and scale > 1:
+            scale = scaler.get_scale()
+            optimizer.zero_grad()
+            for error in self._errors(block, batch):
+                scaler.scale(error / unit).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
     def _show(self, steps: int, best: Best) -> None:
         left = f"{best.after / best.before:.1%} of the error left"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Case:
         config: SpqrConfig = PAPER,
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype = torch.float16,
+        batch: int = BATCH,
         **tuning: Any,
     ) -> None:
         model = architectures.make(architecture, stored).to(dtype)
@@ -75,7 +76,7 @@ class Case:
         random = torch.Generator().manual_seed(1)
         windows = torch.randint(0, 256, (WINDOWS, LENGTH), generator=random)
         self.activations = Activations.start(
-            model, blocks.modules, windows, BATCH, dense=config.asymmetric
+            model, blocks.modules, windows, batch, dense=config.asymmetric
         )
         self.dense = self.activations.outputs(self.block, 0)
         self.norms = {
@@ -147,6 +148,47 @@ def test_the_block_holds_what_is_stored(dtype: torch.dtype) -> None:
         assert torch.equal(
             case.block.get_parameter(name.removeprefix(f"{case.name}.")), norm.to(dtype)
         )
+
+
+@pytest.fixture
+def scales(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Behind each try of a step, by what its gradients in fp16 are scaled next."""
+    found: list[float] = []
+    update = torch.amp.GradScaler.update
+
+    def noted(scaler: torch.amp.GradScaler) -> None:
+        update(scaler)
+        found.append(scaler.get_scale())
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
+    return found
+
+
+def test_gradients_beyond_fp16_cost_no_step(scales: list[float]) -> None:
+    """The batch comes again at half the scale: three steps without effect would be the end."""
+    row = (case := Case(dtype=torch.float16, batch=1)).tune().row
+    assert scales[:3] == [2.0**15, 2.0**14, 2.0**13]
+    taken = [scale == before for before, scale in pairwise(scales)]
+    assert sum(taken) == len(case.said)
+    assert row.error_after < row.error_before
+
+
+def test_gradients_beyond_any_scale_end_it(
+    scales: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(dtype=torch.float16)
+    errors = case.tuner._errors
+
+    def steep(*arguments: Any) -> Iterator[torch.Tensor]:
+        for error in errors(*arguments):
+            if error.requires_grad:
+                error.register_hook(lambda gradient: gradient * float("inf"))
+            yield error
+
+    monkeypatch.setattr(case.tuner, "_errors", steep)
+    assert case.tune().row.steps == 0
+    assert len(case.said) == 3
+    assert scales[16:] == [0.5, 0.25, 0.125]
 
 
 def changed(before: QuantizedWeight, after: QuantizedWeight) -> set[str]:
