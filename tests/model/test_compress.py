@@ -75,6 +75,11 @@ def log_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def losses_of(folder: Path) -> torch.Tensor:
+    """The relative loss of each layer."""
+    return torch.tensor([float(row["relative_loss"]) for row in log_of(folder)])
+
+
 def tensors_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
@@ -94,17 +99,32 @@ def test_compressed_loads_and_is_what_was_calibrated(
     assert tokenizer("a")["input_ids"]
 
 
+ON_A_GPU = pytest.mark.parametrize("config", [PAPER, ASYMMETRIC], ids=["spqr", "asymmetric"])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [PAPER, ASYMMETRIC], ids=["spqr", "asymmetric"])
+@ON_A_GPU
 def test_on_a_gpu(config: SpqrConfig, folder_of: FolderOf, run: Run) -> None:
-    """The same bytes from run to run, wherever hidden states are, and about a CPU's losses."""
+    """The same bytes from run to run, wherever hidden states are, and about a CPU's losses.
+
+    The GPU runs the model in fp16. So small a matrix changes its loss by a tenth, either way, where
+    its inputs are rounded like that, on a CPU too; the mean of the layers hardly moves.
+    """
     folder = folder_of("llama")
     on_gpu = run(folder, config, "gpu", device="cuda")
     off_loaded = run(folder, config, "off", device="cuda", offload_activations=True)
     assert tensors_of(on_gpu) == tensors_of(off_loaded)
-    on_cpu = run(folder, config)
-    losses = [[float(row["relative_loss"]) for row in log_of(out)] for out in (on_gpu, on_cpu)]
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.1, atol=0)
+    losses, expected = losses_of(on_gpu), losses_of(run(folder, config))
+    torch.testing.assert_close(losses.mean(), expected.mean(), rtol=0.05, atol=0)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_a_gpu_loses_what_a_cpu_loses(config: SpqrConfig, tmp_path: Path, run: Run) -> None:
+    """Layer by layer, where both run the model in fp32."""
+    folder = architectures.save(architectures.make("llama", torch.float32), tmp_path / "fp32")
+    on_gpu, on_cpu = run(folder, config, "gpu", device="cuda"), run(folder, config)
+    torch.testing.assert_close(losses_of(on_gpu), losses_of(on_cpu), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
