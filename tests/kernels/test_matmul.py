@@ -26,12 +26,20 @@ def make_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 
 def assert_right(
-    y: torch.Tensor, x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None
+    y: torch.Tensor,
+    x: torch.Tensor,
+    matrix: SpqrMatrix,
+    bias: torch.Tensor | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> None:
-    """y has the shape, dtype and device of the product, and each element is within its bound."""
+    """y has the shape, dtype and device of the product, and each element is within its bound.
+
+    weights: what W_hat, which is exact in fp32, is rounded to first.
+    """
     assert y.shape == (*x.shape[:-1], matrix.spec.out_features)
     assert (y.dtype, y.device) == (x.dtype, x.device)
-    expected = oracle.matmul(x, oracle.decode(matrix).weight, bias)
+    weight = torch.from_numpy(oracle.decode(matrix).weight).to(weights)
+    expected = oracle.matmul(x, weight.double().numpy(), bias)
     excess = np.abs(y.double().cpu().numpy() - expected) / oracle.matmul_bound(x, matrix, bias)
     assert excess.size == 0 or excess.max() <= 1, f"{excess.max():.2f} times the bound"
 
