@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 
 from spqr_numba.errors import CheckpointError
 from spqr_numba.model.skeleton import Weights, build_skeleton, stored_names
 from spqr_numba.model.source import Source, open_source
+
+gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 
 
 def gguf_file() -> Path | None:

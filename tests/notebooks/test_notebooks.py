@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
+nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -38,6 +39,6 @@ def test_committed_as_executed(path: Path) -> None:
 def test_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(
+    nbclient.NotebookClient(
         notebook, timeout=LIMIT_SECONDS, kernel_name="python3", resources=resources
     ).execute()
