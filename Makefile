@@ -10,7 +10,7 @@ demo: $(INSTALLED)  ## compress the bundled model, measure it, let it talk
 	$(BIN)/spqr demo
 
 test: $(INSTALLED)  ## the whole suite; `make test ARGS="-k name"` for a part of it
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .
