@@ -31,13 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
 from .joint import fit_jointly
 from .launch import array_of, compiled
+from .parallel import share_out
 from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
 __all__ = ["ColumnLoop", "block_columns", "column_walk", "describe_walk"]
@@ -184,7 +185,8 @@ def column_walk(
     arrays = loop.arrays()
 
     def walk(start: int, stop: int) -> None:
-        walk_tiles(arrays, diagonal_block(upper, start, stop).numpy(), start, settings)
+        block = diagonal_block(upper, start, stop).numpy()
+        share_out(walk_tiles, tiles(spec), arrays, block, start, settings)
 
     return walk
 
@@ -196,10 +198,10 @@ def diagonal_block(upper: torch.Tensor | None, start: int, stop: int) -> torch.T
     return upper[start:stop, start:stop].contiguous()
 
 
-@compiled(parallel=True)
-def walk_tiles(loop, upper, start, settings):
-    """The CPU twin."""
-    for tile in prange(loop.sums.shape[0]):
+@compiled(nogil=True)
+def walk_tiles(loop, upper, start, settings, first, last):
+    """The CPU twin: tiles first ... last - 1."""
+    for tile in range(first, last):
         walk_tile(loop, upper, start, tile * settings.tile_rows, settings, loop.sums[tile])
 
 
@@ -232,7 +234,9 @@ def walk_tile(loop, upper, start, first, settings, sums):
             tile[at], scale, zero, diagonal, threshold, max_code, codes, outliers, errors, sums
         )
         propagate(errors, upper[at, at + 1 :], tile[at + 1 : stop - start])
-    loop.weight[start:stop, first:last] = tile[: stop - start]
+    for j in range(start, stop):
+        for row in range(first, last):
+            loop.weight[j, row] = tile[j - start, row - first]
 
 
 @compiled()

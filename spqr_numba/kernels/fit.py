@@ -122,7 +122,10 @@ def range_without_outliers(weights, diagonal, threshold, max_code):
         error_terms(weights[k], low, high, diagonal[k], max_code, own[k])
     without_low = error_without(weights, next_low, high, low_at, diagonal, max_code)
     without_high = error_without(weights, low, next_high, high_at, diagonal, max_code)
-    base = own.sum(0)
+    base = np.zeros(rows, np.float32)
+    for k in range(columns):
+        for row in range(rows):
+            base[row] += own[k, row]
     kept_low = np.full(rows, np.inf, np.float32)
     kept_high = np.full(rows, -np.inf, np.float32)
     for k in range(columns):
@@ -155,9 +158,11 @@ def two_smallest(weights, sign):
             following[row] = least[row] if smaller else min(following[row], value)
             column[row] = np.int32(k) if smaller else column[row]
             least[row] = value if smaller else least[row]
-    if columns == 1:
-        following[:] = least
-    return sign * least, column, sign * following
+    for row in range(rows):
+        least[row], following[row] = sign * least[row], sign * following[row]
+        if columns == 1:
+            following[row] = least[row]
+    return least, column, following
 
 
 @compiled()

@@ -90,14 +90,13 @@ def fit_jointly(weights, importance, upper, threshold, scale, zero, scale_codes,
         if not other_cost < cost:
             break
         levels, grids, cost = others, other_grids, other_cost
-        pairs[:] = other_pairs
+        pairs, other_pairs = other_pairs, pairs
     cost = walked_cost(weights, importance, upper, threshold, max_code, grids, pairs)
     if (
         walked_cost(weights, importance, upper, threshold, max_code, plain_grids, plain_pairs)
         < cost
     ):
-        levels, grids = plain, plain_grids
-        pairs[:] = plain_pairs
+        levels, grids, pairs = plain, plain_grids, plain_pairs
     for row in range(scale.size):
         scale[row], zero[row] = grids[0, pairs[row]], grids[2, pairs[row]]
         scale_codes[row], zero_codes[row] = codes_of_pair(pairs[row], bits)

@@ -39,7 +39,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         with cache_folder() as folder:
-            return njit(cache=folder is not None, **options)(function)
+            return njit(cache=folder is not None, no_cfunc_wrapper=True, **options)(function)
 
     return decorate
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.config import SpqrConfig
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels import parallel
 from spqr_numba.kernels.dequantize import BLOCK_ROWS, dequantize, dequantize_reference
 from spqr_numba.kernels.matmul import GEMM_FROM, INPUTS, TILE_FLOATS, matmul
+from spqr_numba.quantize.hessian import factorize
+from spqr_numba.quantize.solver import quantize_weight
 
-from ..problems import make_spec
+from ..problems import make_problem, make_spec
 from .test_dequantize import build
 from .test_matmul import assert_right, make_x
 
@@ -37,6 +40,14 @@ def test_any_number_of_tasks(name: str, threads: int) -> None:
     for batch in (1, 3):
         x = make_x(batch, matrix.spec.in_features)
         assert_right(matmul(x, matrix), x, matrix)
+
+
+def test_columns_on_any_number_of_threads(threads: int) -> None:
+    problem, config = make_problem(200, 32), SpqrConfig()
+    factor = factorize(problem.hessian, config)
+    quantized = quantize_weight(problem.weight, factor, config)
+    torch.set_num_threads(1)
+    assert torch.equal(quantize_weight(problem.weight, factor, config).weight, quantized.weight)
 
 
 def test_small_work_stays_on_its_thread() -> None:
