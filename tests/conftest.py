@@ -9,10 +9,16 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where files of tests run side by side, each has its share of the cores."""
+    """Where files of tests run side by side, each has its share of the cores.
+
+    So have the processes that it starts; theirs that wait do not spin, which would take the cores
+    from all others.
+    """
     worker = getattr(config, "workerinput", None)
     if worker is not None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker["workercount"]))
+        share = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        torch.set_num_threads(share)
+        os.environ |= {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive"}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
