@@ -203,18 +203,15 @@ class Steps:
             note(state.model, f"runs without a CUDA graph: its step waits for the GPU ({waits[0]})")
             return None
         graph, self._tokens = torch.cuda.CUDAGraph(), self._tokens.clone()
-        before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         random = self._choose.generator
         if random is not None:
             graph.register_generator_state(random)
             random_state = random.get_state()
         try:
-            with torch.inference_mode(), torch.cuda.graph(graph, stream=aside):
+            with torch.inference_mode(), capturing(graph, torch.cuda.Stream(device)):
                 self._tokens.copy_(self._choose(decode_one_token(state, self._tokens)))
         except RuntimeError as error:
             note(state.model, f"runs without a CUDA graph: {first_line(error)}")
-            torch.cuda.set_stream(before)
-            repair_generators(aside)
             if random is not None:
                 self._choose.generator = torch.Generator(device)
                 self._choose.generator.set_state(random_state)
@@ -222,10 +219,21 @@ class Steps:
         return graph
 
 
-def repair_generators(stream: torch.cuda.Stream) -> None:
-    """Behind a capture that failed, torch's own generator believes that it goes on; end another."""
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-        torch.zeros(1, device=stream.device)
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Capture what is queued inside; where that fails, leave torch as it was. Raises RuntimeError.
+
+    torch alone leaves its current stream, and its generators believing that the capture goes on.
+    """
+    before = torch.cuda.current_stream(stream.device)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            yield
+    except RuntimeError:
+        torch.cuda.set_stream(before)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            torch.zeros(1, device=stream.device)  # ended, this one ends it for the generators
+        raise
 
 
 def capturable(state: Decoding) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..config import SpqrConfig
+from ..decoding import capturing
 from ..format.layout import MatrixSpec
 from ..format.matrix import SpqrMatrix
 from ..kernels.dequantize import dequantize
@@ -101,7 +102,10 @@ def cold(make: Callable[[], Any], weight_bytes: int) -> list[Any]:
 
 
 def timed(products: Sequence[Product], x: torch.Tensor) -> list[float]:
-    """Microseconds a product, of each replay of a graph of all products."""
+    """Microseconds a product, of each replay of a graph of all products.
+
+    Raises RuntimeError where a product cannot be captured; what is timed next is none the worse.
+    """
     products = list(products) * -(-LEAST_PRODUCTS // len(products))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -109,7 +113,7 @@ def timed(products: Sequence[Product], x: torch.Tensor) -> list[float]:
             product(x)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with capturing(graph, stream):
             for product in products:
                 product(x)
     return [1e3 * milliseconds_of(graph.replay) / len(products) for _ in range(ROUNDS + 1)][1:]

@@ -20,6 +20,7 @@ Product = Callable[[torch.Tensor], Any]
 GROUP = 32  # of the 4-bit weights
 INNER_TILES = 8  # of torch's 4-bit layout
 TILE = 16  # of spqr_quant, rows and columns
+MOST_COLUMNS = 22 * 1024  # of spqr_quant: x and a table are in 48 KB of shared memory, unchecked
 
 
 def dense(rows: int, columns: int) -> Product:
@@ -70,27 +71,34 @@ def bitsandbytes(rows: int, columns: int) -> Product:
 
 
 def spqr_quant(rows: int, columns: int) -> Product:
-    """The reference's CUDA kernel: 3 bits, 16 and 16, 1 % outliers, permuted; token by token."""
-    from spqr_quant.inference import QuantizedLinear
+    """The reference's CUDA kernel: 3 bits, 16 and 16, 1 % outliers, permuted; token by token.
+
+    As its QuantizedLinear calls it, but for the flag not to wait for the device after each token:
+    a CUDA graph would not hold that.
+    """
+    if rows % TILE or columns % TILE or columns > MOST_COLUMNS:
+        raise ValueError(f"takes multiples of {TILE}, and at most {MOST_COLUMNS} columns")
+    from spqr_quant.inference import FeatureFlags
+    from spqr_quant.inference_kernels.cuda_kernel import call_spqr_mul_fused
 
     count = columns // 100
     tiles = rows // TILE * (columns // TILE)
     codes = torch.randint(2**62, (tiles * TILE,), device="cuda")
     offsets = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * count
     places = torch.rand(rows, columns, device="cuda").topk(count).indices.sort().values
+    outliers = places.flatten().to(torch.int32)
     order = torch.randperm(columns, device="cuda", dtype=torch.int32)
-    layer = QuantizedLinear(
-        rows,
-        columns,
-        3,
-        TILE,
-        TILE,
-        codes,
-        offsets,
-        places.flatten().to(torch.int32),
-        order[::2] | order[1::2] << 16,
-    )
-    return lambda x: layer(x[None])
+    pairs = order[::2] | order[1::2] << 16
+    weight = rows, columns, 3, TILE, TILE, pairs, codes, offsets, outliers, outliers.numel()
+    flags = int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(len(x), rows)
+        for token, out in zip(x, y, strict=True):
+            call_spqr_mul_fused(*weight, token, flags, out, out)
+        return y
+
+    return product
 
 
 RIVALS: Mapping[str, Callable[[int, int], Product]] = {

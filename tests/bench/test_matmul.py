@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -49,6 +51,12 @@ def test_what_it_refuses() -> None:
         matmul.measure(shapes=["llama2-7b"])
 
 
+@pytest.mark.parametrize("shape", [(16, 28672), (24, 512), (32, 500)], ids=str)
+def test_the_reference_kernel_is_spared_what_it_would_read_beyond(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="takes multiples of 16"):
+        RIVALS["spqr_quant"](*shape)
+
+
 @pytest.mark.gpu
 def test_rows_on_a_gpu() -> None:
     """Ours and at least torch's own."""
@@ -57,3 +65,20 @@ def test_rows_on_a_gpu() -> None:
     assert min(one["spqr us"], one["fp16 us"]) > 0
     assert 0 < one["share"] < 2
     assert set(one) == set(eight) >= {f"{name} us" for name in RIVALS}
+
+
+@pytest.mark.gpu
+def test_what_no_graph_holds_harms_no_other() -> None:
+    """As a rival that waits for the device, and says nothing where it must not."""
+
+    from spqr_numba.bench import matmul_cuda
+
+    def waits(x: torch.Tensor) -> None:
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
+
+    x = torch.randn(1, 64, device="cuda")
+    with pytest.raises(RuntimeError):
+        matmul_cuda.timed([waits], x)
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert min(matmul_cuda.timed([torch.relu], x)) > 0
