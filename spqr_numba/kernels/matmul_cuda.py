@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,12 +25,13 @@ from .stream_cuda import KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
-__all__ = ["MOST_INPUTS", "WARPS", "can_multiply", "multiply_few"]
+__all__ = ["MOST_INPUTS", "RINGS", "can_multiply", "multiply_few"]
 
 MOST_INPUTS = 16
 ALIGNMENT = 128
-WARPS = {1: (8,), 8: (16, 8), 16: (16, 8)}  # inputs -> of a block, the best first
-STAGES = 2  # of a warp's ring, where they fit
+RINGS = {1: ((8, 3), (8, 2), (8, 1)), 8: ((16, 1), (8, 1)), 16: ((8, 2), (8, 1))}
+"""inputs -> warps of a block and stages of a warp's ring, the best first."""
+WHOLE = 3  # stages of one input's: only for warps that have no more items
 STAGING_WARPS = 16
 EARLY_FROM = 9  # the compute capability that has programmatic dependent launch
 
@@ -108,11 +110,11 @@ def can_multiply(weight: PreparedMatrix, count: int) -> bool:
 
 def make_call(weight: PreparedMatrix, kind: torch.dtype, inputs: int) -> Call:
     """Choose the plan, and compile the kernels."""
-    spec, plan = next(plans(weight, kind, inputs))
-    product = launcher_of(spec, weight.device)
+    spec, plan, grid = next(plans(weight, kind, inputs))
+    launcher = launcher_of(spec, weight.device)
     staging = staging_of(spec, weight.device) if inputs > 1 else None
     needed = plan.ring + spec.warps * spec.stages * spec.unit.bytes
-    return Call(staging, product, grid_of(weight, inputs), needed, addresses(weight), plan)
+    return Call(staging, launcher, grid, needed, addresses(weight), plan)
 
 
 @cache
@@ -143,36 +145,38 @@ def compiled(kernel: Any, signature: Any, spec: KernelSpec, device: torch.device
     )
 
 
-def grid_of(weight: PreparedMatrix, inputs: int) -> int:
-    """How many blocks there are: as many as run at once, or, where that would leave each but a tile
-    or two, half as many, which leave room for what runs next."""
-    at_once = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    if weight.tiles > 2 * at_once:
-        at_once *= BLOCKS_PER_SM[inputs]
-    return min(weight.tiles, at_once)
-
-
 def plans(
     weight: PreparedMatrix, kind: torch.dtype, inputs: int
-) -> Iterator[tuple[KernelSpec, Plan]]:
-    """What fits into shared memory, the best first: the inputs as one slab, many warps, a ring of
-    two stages."""
+) -> Iterator[tuple[KernelSpec, Plan, int]]:
+    """What fits into shared memory, the best first: the inputs as one slab, and how many blocks.
+
+    One input's blocks run two to a multiprocessor. Where one block there has so little to do that
+    its rings hold all of it, the other's place is left for what runs next.
+    """
     unit = UnitSpec(weight.spec.bits, weight.spec.scale_bits, weight.spec.group_size, inputs)
-    early = torch.cuda.get_device_capability(weight.device)[0] >= EARLY_FROM
+    properties = torch.cuda.get_device_properties(weight.device)
+    at_once, early = properties.multi_processor_count, properties.major >= EARLY_FROM
     room, all_segments = shared_memory(weight.device), segments_of(weight.spec)
-    half_full = room // 2 if inputs == 1 else room
-    rings = [(warps, stages) for warps in WARPS[inputs] for stages in range(STAGES, 0, -1)]
     slabs = [all_segments] if inputs == 1 else range(all_segments, 0, -1)
-    for limit in (half_full, room):
-        for segments in slabs:
-            for warps, stages in rings:
-                spec = KernelSpec(unit, kind, warps, stages, early)
-                plan = make_plan(weight, spec, segments)
-                if plan.ring + warps * stages * unit.bytes <= limit:
-                    yield spec, plan
+    for blocks in range(BLOCKS_PER_SM[inputs], 0, -1):
+        for segments, (warps, stages) in product(slabs, RINGS[inputs]):
+            spec = KernelSpec(unit, kind, warps, stages, early)
+            tile_items = all_segments * segment_items(weight, spec)
+            little = ceil_div(weight.tiles, at_once) * tile_items <= WHOLE * warps
+            if inputs == 1 and stages == WHOLE and not little:
+                continue
+            grid = min(weight.tiles, at_once if little else at_once * blocks)
+            plan = make_plan(weight, spec, segments, grid)
+            if plan.ring + warps * stages * unit.bytes <= room // blocks:
+                yield spec, plan, grid
 
 
-def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int) -> Plan:
+def segment_items(weight: PreparedMatrix, spec: KernelSpec) -> int:
+    """Units of a segment, and its run where there are outliers."""
+    return spec.segment_units + (1 if "runs" in weight.tensors else 0)
+
+
+def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int, grid: int) -> Plan:
     """The table of product_cuda.py, line by line, for slabs of so many segments."""
     inputs, slabs = spec.unit.inputs, ceil_div(segments_of(weight.spec), segments)
     buffers, columns = min(slabs, 2), segments * SEGMENT_COLUMNS
@@ -183,14 +187,14 @@ def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int) -> Plan:
     inputs_bytes = HALF_BYTES * (ZERO_HALVES + buffers * inputs * stride)
     sums = ceil_div(inputs_bytes, LOAD_BYTES) * (LOAD_BYTES // FLOAT_BYTES) + FACTOR_FLOATS
     slots = sums + buffers * groups * inputs
-    tiles, longer = divmod(weight.tiles, grid_of(weight, inputs))
+    tiles, longer = divmod(weight.tiles, grid)
     end = slots + (tiles + (longer > 0) + spec.warps - 1) * LANES * spec.unit.totals
     return Plan(
         tiles=tiles,
         longer=longer,
         segments=segments,
         slabs=slabs,
-        items=spec.segment_units + (1 if "runs" in weight.tensors else 0),
+        items=segment_items(weight, spec),
         stride=stride,
         sums=sums,
         slots=slots,

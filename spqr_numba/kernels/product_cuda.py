@@ -33,21 +33,25 @@ from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
 from .prepared import LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import (
+    clear_shared,
     copier,
     copies_done,
+    divide,
     end_of_copies,
     let_dependents_start,
     load_float,
-    load_int32,
     load_uint16,
     prefetch,
     shared_address,
+    shared_float,
     store_uint16,
+    to_shared_float,
     wait_for_dependencies,
 )
-from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
+from .run_cuda import run_multiplier
+from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
-from .staging_cuda import WEIGHT, ZERO_HALVES, staging_function
+from .staging_cuda import WEIGHT, ZERO_HALVES, padding_function, staging_function
 from .stream_cuda import KernelSpec, Plan, filler, first_item_of, following, run_of, work_function
 from .unit_cuda import (
     HALF_BYTES,
@@ -66,7 +70,6 @@ cuda = numba_cuda()
 FLOAT_BYTES = 4
 FACTOR_FLOATS = 4
 BLOCKS_PER_SM = {1: 2, 8: 1, 16: 1}  # inputs -> whose registers fit
-STREAMS = 8  # lanes that take a row's outliers between them, for one input
 ALL = 0xFFFFFFFF  # lanes
 int32: Any = np.int32
 
@@ -91,20 +94,17 @@ def product_kernel(spec: KernelSpec) -> Any:
 
     @cuda.jit(launch_bounds=(spec.threads, BLOCKS_PER_SM[spec.unit.inputs]))
     def kernel(weight, x, sums, factors, y, bias, count, plan):
-        staged = cuda.shared.array(0, np.uint16)
-        floats = cuda.shared.array(0, np.float32)
-        words = cuda.shared.array(0, np.int32)
-        zeros = shared_address(staged)
+        zeros = shared_address(cuda.shared.array(0, np.uint16))
         work, first = work_of(weight, plan)
-        ahead = start(weight, plan, work, first, zeros, floats)
+        ahead = start(weight, plan, work, first, zeros)
         if early:
             wait_for_dependencies()
             let_dependents_start()
         if alone:
-            stage(weight, plan, x, work.thread, staged, floats, zeros)
-        walk(weight, plan, x, sums, work, first, ahead, zeros, staged, floats, words)
+            stage(weight, plan, x, work.thread, zeros)
+        walk(weight, plan, x, sums, work, first, ahead, zeros)
         cuda.syncthreads()
-        write_rows(weight, plan, work, floats, factors, y, bias, count)
+        write_rows(weight, plan, work, zeros, factors, y, bias, count)
 
     return kernel
 
@@ -112,25 +112,33 @@ def product_kernel(spec: KernelSpec) -> Any:
 def starting_function(spec: KernelSpec) -> Any:
     """start(...) -> the first item that is not on its way: what does not depend on x."""
     threads, stages, warps_but_one = spec.threads, spec.stages, spec.warps - 1
-    slot_floats, alone, unit_bytes = (
-        LANES * spec.unit.totals,
-        spec.unit.inputs == 1,
-        spec.unit.bytes,
-    )
-    fill, ring_of = filler(spec), ring_function(spec)
+    slot_bytes, alone = FLOAT_BYTES * LANES * spec.unit.totals, spec.unit.inputs == 1
+    fill, ring_of, unit_bytes = filler(spec), ring_function(spec), spec.unit.bytes
+    clear_padding, step = padding_function(spec), 8 * threads
 
     @cuda.jit(device=True, forceinline=True)
-    def start(weight, plan, work, first, zeros, floats):
+    def clear(begin, end, thread):
+        at = int32(begin + 8 * thread)
+        while at < end:
+            clear_shared(at)
+            at = int32(at + step)
+
+    @cuda.jit(device=True, forceinline=True)
+    def start(weight, plan, work, first, zeros):
         ring, ahead = ring_of(plan, work, zeros), first
         for i in range(stages):
             fill(weight, plan, work, ahead, int32(ring + i * unit_bytes))
             ahead = following(plan, ahead, first)
             end_of_copies()
-        for i in range(work.thread, int32((work.tiles + warps_but_one) * slot_floats), threads):
-            floats[plan.slots + i] = 0
-        if alone and weight.target:
-            for i in range(work.thread, weight.columns >> 6, threads):
-                prefetch(weight.target + 128 * i)
+        slots = int32(zeros + FLOAT_BYTES * plan.slots)
+        clear(slots, int32(slots + (work.tiles + warps_but_one) * slot_bytes), work.thread)
+        clear(zeros, int32(zeros + HALF_BYTES * ZERO_HALVES), work.thread)
+        if alone:
+            clear_padding(weight, work.thread, zeros)
+            i, end = int32(128 * work.thread), int32(HALF_BYTES * weight.columns)
+            while weight.target and i < end:
+                prefetch(weight.target + i)
+                i = int32(i + 128 * threads)
         return ahead
 
     return start
@@ -155,7 +163,7 @@ def walking_function(spec: KernelSpec) -> Any:
     multiply = item_multiplier(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def walk(weight, plan, x, sums, work, first, ahead, zeros, staged, floats, words):
+    def walk(weight, plan, x, sums, work, first, ahead, zeros):
         ring, item, slot = ring_of(plan, work, zeros), first, int32(0)
         if not alone:
             copy_slab(weight, plan, x, sums, int32(0), work.thread, zeros)
@@ -170,7 +178,7 @@ def walking_function(spec: KernelSpec) -> Any:
                 wait_for_item()
                 cuda.syncwarp()
                 at = int32(ring + slot * unit_bytes)
-                multiply(weight, plan, work, item, at, zeros, staged, floats, words)
+                multiply(weight, plan, work, item, at, zeros)
                 cuda.syncwarp()
                 fill(weight, plan, work, ahead, at)
                 end_of_copies()
@@ -189,13 +197,19 @@ def stage_function(spec: KernelSpec) -> Any:
     stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, plan, x, thread, staged, floats, zeros):
-        factor = stage_input(weight, x, thread, staged)
-        first = int32(zeros + HALF_BYTES * ZERO_HALVES)
-        for group in range(thread, int32(weight.units * UNIT_GROUPS), threads):
-            floats[plan.sums + group] = sum_group(int32(first + group * group_bytes))
+    def stage(weight, plan, x, thread, zeros):
+        factor = stage_input(weight, x, thread, zeros)
+        first, sums = (
+            int32(zeros + HALF_BYTES * ZERO_HALVES),
+            int32(zeros + FLOAT_BYTES * plan.sums),
+        )
+        group = thread
+        while group < weight.units * UNIT_GROUPS:
+            total = sum_group(int32(first + group * group_bytes))
+            to_shared_float(int32(sums + FLOAT_BYTES * group), total)
+            group = int32(group + threads)
         if thread == 0:
-            floats[plan.sums - FACTOR_FLOATS] = factor
+            to_shared_float(int32(sums - FLOAT_BYTES * FACTOR_FLOATS), factor)
         cuda.syncthreads()
 
     return stage
@@ -213,17 +227,24 @@ def slab_copier(spec: KernelSpec) -> Any:
         slab_units = int32(plan.segments * segment_units)
         first = int32(slab * slab_units)
         units = int32(min(slab_units, weight.units - first))
-        loads, buffer = int32(units * (unit_bytes // LOAD_BYTES)), int32(slab & 1)
+        loads, buffer = int32(inputs * units * (unit_bytes // LOAD_BYTES)), int32(slab & 1)
         to = int32(zeros + HALF_BYTES * (ZERO_HALVES + buffer * (inputs * plan.stride)))
         source = x + np.int64(first) * unit_bytes
-        for i in range(thread, int32(inputs * loads), threads):
-            own, at = int32(i >> 3 & (inputs - 1)), int32(((i >> shift) * 8 + (i & 7)) * LOAD_BYTES)
+        turn = divide(int32(cuda.blockIdx.x * loads), int32(cuda.gridDim.x))
+        i = thread
+        while i < loads:
+            k = int32(i + turn)  # each block begins elsewhere: all want the same
+            k = int32(k - loads if k >= loads else k)
+            own, at = int32(k >> 3 & (inputs - 1)), int32(((k >> shift) * 8 + (k & 7)) * LOAD_BYTES)
             there = source + np.int64(own) * (weight.units * unit_bytes) + at
             copy_ahead(int32(to + own * (HALF_BYTES * plan.stride) + at), there)
+            i = int32(i + threads)
         to = int32(zeros + FLOAT_BYTES * plan.sums + buffer * (slab_units * sums_bytes))
         source = sums + np.int64(first) * sums_bytes
-        for at in range(LOAD_BYTES * thread, int32(units * sums_bytes), LOAD_BYTES * threads):
+        at = int32(LOAD_BYTES * thread)
+        while at < units * sums_bytes:
             copy_ahead(int32(to + at), source + at)
+            at = int32(at + LOAD_BYTES * threads)
 
     return copy_slab
 
@@ -233,30 +254,31 @@ def slab_copier(spec: KernelSpec) -> Any:
 
 def item_multiplier(spec: KernelSpec) -> Any:
     """multiply(...): what a warp does with an item that lies at `at`; the sums go to its slot."""
-    segment_units, slot_floats = spec.segment_units, LANES * spec.unit.totals
-    lane_floats, zero = spec.unit.totals, (np.float32(0),) * spec.unit.totals
-    multiply_unit = unit_multiplier(
-        spec.unit, UnitOfOne if spec.unit.inputs == 1 else UnitOfSeveral
-    )
-    places_of = one_places(spec) if spec.unit.inputs == 1 else several_places(spec)
-    multiply_run = run_multiplier(spec)
+    segment_units, slot_bytes = spec.segment_units, FLOAT_BYTES * LANES * spec.unit.totals
+    lane_bytes, zero = FLOAT_BYTES * spec.unit.totals, (np.float32(0),) * spec.unit.totals
+    inputs = spec.unit.inputs
+    multiply_unit = unit_multiplier(spec.unit, UnitOfOne if inputs == 1 else UnitOfSeveral)
+    places_of = one_places(spec) if inputs == 1 else several_places(spec)
+    multiply_run = run_multiplier(spec.unit)
 
     @cuda.jit(device=True, forceinline=True)
-    def multiply(weight, plan, work, item, at, zeros, staged, floats, words):
+    def multiply(weight, plan, work, item, at, zeros):
         segment = int32(item.slab * plan.segments + item.segment)
-        slot = int32(plan.slots + (item.tile + work.warp) * slot_floats)
+        slot = int32(zeros + FLOAT_BYTES * plan.slots + (item.tile + work.warp) * slot_bytes)
         if item.place < segment_units:
             unit = int32(segment * segment_units + item.place)
             if unit < weight.units:
                 places = places_of(plan, item, unit, at, work.lane, zeros)
-                share = int32(zeros + FLOAT_BYTES * (slot + work.lane * lane_floats))
+                share = int32(slot + work.lane * lane_bytes)
                 add_to_shared(share, multiply_unit(places, zero))
         elif segment < weight.segments:
-            tile = int32(work.first_tile + item.tile)
-            start, loads = run_of(weight, tile, segment)
+            start, loads = run_of(weight, int32(work.first_tile + item.tile), segment)
             if loads:
                 run = weight.runs + np.int64(start) * LOAD_BYTES
-                multiply_run(plan, item, run, at, slot, work.lane, zeros, staged, floats, words)
+                x = int32((item.slab & 1) * inputs * plan.stride + item.segment * SEGMENT_COLUMNS)
+                x = int32(zeros + HALF_BYTES * (ZERO_HALVES + x))
+                step = int32(HALF_BYTES * plan.stride)
+                multiply_run(run, at, slot, x, step, work.lane, zeros)
 
     return multiply
 
@@ -307,114 +329,78 @@ def several_places(spec: KernelSpec) -> Any:
     return places_of
 
 
-def run_multiplier(spec: KernelSpec) -> Any:
-    """multiply_run(...): a tile's outliers in a segment, times x', to the slot.
-
-    A lane takes one row and one input at a time; for one input, eight lanes take a row together.
-    """
-    inputs, lane_floats = spec.unit.inputs, spec.unit.totals
-    streams = STREAMS if inputs == 1 else 1
-    rows_at_once, shift = LANES // (inputs * streams), streams.bit_length() - 1
-    own_shift = (streams * inputs).bit_length() - 1
-    room = spec.unit.bytes // 4 - HEADER_WORDS
-
-    @cuda.jit(device=True, forceinline=True)
-    def product(run, entries, k, end, x, staged, words):
-        if k >= end:
-            return np.float32(0)
-        entry = words[entries + k] if k < room else load_int32(run + 4 * (HEADER_WORDS + k))
-        value = half_to_float(np.uint16(entry >> 16 & HALF_MASK))
-        return value * half_to_float(staged[x + (entry & HALF_MASK)])
-
-    @cuda.jit(device=True, forceinline=True)
-    def row_sum(run, entries, begin, end, x, staged, words):
-        first, second = np.float32(0), np.float32(0)
-        third, fourth = np.float32(0), np.float32(0)  # four at once, to wait for all together
-        for k in range(begin, end, 4 * streams):
-            first += product(run, entries, k, end, x, staged, words)
-            second += product(run, entries, int32(k + streams), end, x, staged, words)
-            third += product(run, entries, int32(k + 2 * streams), end, x, staged, words)
-            fourth += product(run, entries, int32(k + 3 * streams), end, x, staged, words)
-        return (first + second) + (third + fourth)
-
-    @cuda.jit(device=True, forceinline=True)
-    def place_of(row, own):
-        if inputs == 1:
-            return int32((row & 7) * (4 * lane_floats) + (row >> 3))
-        lane = int32((row & 7) * 4 + ((own & 7) >> 1))
-        return int32(lane * lane_floats + (own >> 3) * 4 + (row >> 3) * 2 + (own & 1))
-
-    @cuda.jit(device=True, forceinline=True)
-    def multiply_run(plan, item, run, at, slot, lane, zeros, staged, floats, words):
-        stream, own = int32(lane & (streams - 1)), int32(lane >> shift & (inputs - 1))
-        x = int32(((item.slab & 1) * inputs + own) * plan.stride + item.segment * SEGMENT_COLUMNS)
-        x, header = int32(x + ZERO_HALVES), int32((at - zeros) >> 1)
-        entries = int32((header >> 1) + HEADER_WORDS)
-        for i in range(0, TILE_ROWS, rows_at_once):
-            row = int32(i + (lane >> own_shift))
-            end = int32(staged[header + row])
-            begin = int32(stream + (int32(staged[header + row - 1]) if row else int32(0)))
-            total = row_sum(run, entries, begin, end, x, staged, words)
-            if streams > 1:
-                for distance in (4, 2, 1):
-                    total += cuda.shfl_xor_sync(ALL, total, distance)
-            if stream == 0:
-                floats[slot + place_of(row, own)] += total * np.float32(SUBNORMAL_UNIT)
-
-    return multiply_run
-
-
 # --- Writing
 
 
 def writing_function(spec: KernelSpec) -> Any:
-    """write_rows(...): the warps' shares of each row, and the bias, to y."""
-    warps, threads, inputs = spec.warps, spec.threads, spec.unit.inputs
-    lane_floats, slot_floats = spec.unit.totals, LANES * spec.unit.totals
-    shift, tile_shift = spec.warp_shift, (TILE_ROWS * inputs).bit_length() - 1
-    bfloat = spec.kind == torch.bfloat16
+    """write_rows(...): the warps' shares of each row, and the bias, to y.
+
+    Some lanes share what is to be added up of a row: for one input the lanes of the quad, and for
+    any number every other warp's each.
+    """
+    threads, inputs, bfloat = spec.threads, spec.unit.inputs, spec.kind == torch.bfloat16
+    lanes_shift = 3 if inputs == 1 else 1
+    own_shift = lanes_shift + 4
+    tile_shift = own_shift + inputs.bit_length() - 1
     to_float = bfloat_to_float if bfloat else half_to_float
     from_float = float_to_bfloat if bfloat else float_to_half
+    sum_shares = share_summer(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def share(floats, slot, row, own):
-        at = int32(slot + (row & 7) * (4 * lane_floats) + (row >> 3))
-        if inputs == 1:  # of each lane of the quad
-            low, high = floats[at] + floats[at + 2], floats[at + 4] + floats[at + 6]
-            return low + high
-        at = int32(slot + ((row & 7) * 4 + ((own & 7) >> 1)) * lane_floats)
-        return floats[at + (own >> 3) * 4 + (row >> 3) * 2 + (own & 1)]
-
-    @cuda.jit(device=True, forceinline=True)
-    def row_total(plan, tiles, floats, tile, row, own):
-        of_tile = int32(plan.segments * plan.items)
-        items, total = int32(tiles * of_tile), np.float32(0)
-        for warp in range(warps):
-            begin = first_item_of(int32(warp), shift, items)
-            end = first_item_of(int32(warp + 1), shift, items)
-            if begin < (tile + 1) * of_tile and end > tile * of_tile:
-                total += share(floats, int32(plan.slots + (tile + warp) * slot_floats), row, own)
-        return total
-
-    @cuda.jit(device=True, forceinline=True)
-    def factor_of(plan, floats, factors, own):
-        if inputs == 1:
-            return floats[plan.sums - FACTOR_FLOATS]
-        return load_float(factors + 4 * own)
-
-    @cuda.jit(device=True, forceinline=True)
-    def write_rows(weight, plan, work, floats, factors, y, bias, count):
-        for i in range(work.thread, int32(work.tiles * (TILE_ROWS * inputs)), threads):
-            own, tile = int32(i >> 4 & (inputs - 1)), int32(i >> tile_shift)
-            row = int32((work.first_tile + tile) * TILE_ROWS + (i & 15))
-            if row < weight.rows and own < count:
-                total = row_total(plan, work.tiles, floats, tile, int32(i & 15), own)
+    def write_rows(weight, plan, work, zeros, factors, y, bias, count):
+        i, end = work.thread, int32(work.tiles << tile_shift)
+        while i < end:
+            own, tile = int32(i >> own_shift & (inputs - 1)), int32(i >> tile_shift)
+            in_tile, lane = int32(i >> lanes_shift & 15), int32(i & ((1 << lanes_shift) - 1))
+            row = int32((work.first_tile + tile) * TILE_ROWS + in_tile)
+            total = sum_shares(plan, work.tiles, zeros, tile, in_tile, own, lane)
+            if lane == 0 and row < weight.rows and own < count:
                 total *= np.float32(1 / SUBNORMAL_UNIT)
-                if bfloat:
-                    total *= factor_of(plan, floats, factors, own)
+                if bfloat and inputs == 1:
+                    total *= shared_float(int32(zeros + FLOAT_BYTES * (plan.sums - FACTOR_FLOATS)))
+                elif bfloat:
+                    total *= load_float(factors + FLOAT_BYTES * own)
                 if bias:
-                    total += to_float(load_uint16(bias + 2 * row))
-                place = y + 2 * (np.int64(own) * weight.rows + row)
+                    total += to_float(load_uint16(bias + HALF_BYTES * row))
+                place = y + HALF_BYTES * (np.int64(own) * weight.rows + row)
                 store_uint16(place, from_float(total))
+            i = int32(i + threads)
 
     return write_rows
+
+
+def share_summer(spec: KernelSpec) -> Any:
+    """sum_shares(plan, tiles, zeros, tile, row, own, lane) -> all warps' shares of a row.
+
+    Only the warps that have met the tile: another's slot may be that of another tile.
+    """
+    warps, inputs, shift = spec.warps, spec.unit.inputs, spec.warp_shift
+    lane_bytes, slot_bytes = FLOAT_BYTES * spec.unit.totals, FLOAT_BYTES * LANES * spec.unit.totals
+
+    @cuda.jit(device=True, forceinline=True)
+    def place_in_slot(row, own, lane):
+        if inputs == 1:
+            return int32(((row & 7) * 4 + (lane & 3)) * lane_bytes + (row >> 3) * FLOAT_BYTES)
+        place = int32(((row & 7) * 4 + ((own & 7) >> 1)) * lane_bytes)
+        return int32(place + FLOAT_BYTES * ((own >> 3) * 4 + (row >> 3) * 2 + (own & 1)))
+
+    @cuda.jit(device=True, forceinline=True)
+    def sum_shares(plan, tiles, zeros, tile, row, own, lane):
+        of_tile, total = int32(plan.segments * plan.items), np.float32(0)
+        items, first = int32(tiles * of_tile), int32(tile * of_tile)
+        slot = int32(zeros + FLOAT_BYTES * plan.slots + place_in_slot(row, own, lane))
+        warp = int32(lane >> 2) if inputs == 1 else lane
+        slot = int32(slot + (tile + warp) * slot_bytes)
+        for _ in range(warps // 2):
+            begin = first_item_of(warp, shift, items)
+            end = first_item_of(int32(warp + 1), shift, items)
+            if begin < first + of_tile and end > first:
+                total += shared_float(slot)
+            warp, slot = int32(warp + 2), int32(slot + 2 * slot_bytes)
+        if inputs == 1:
+            total += cuda.shfl_xor_sync(ALL, total, 1)
+            total += cuda.shfl_xor_sync(ALL, total, 2)
+            return total + cuda.shfl_xor_sync(ALL, total, 4)
+        return total + cuda.shfl_xor_sync(ALL, total, 1)
+
+    return sum_shares

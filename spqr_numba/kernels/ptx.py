@@ -80,6 +80,11 @@ class Ptx:
         loaded = self.emit(text, constraints, [result] * count, [address], ordered=True)
         return loaded if count > 1 else [loaded]
 
+    def load_shared_half(self, address: ir.Value) -> ir.Value:
+        """An fp16 number of shared memory, as float32."""
+        text = "{ .reg .b16 half; ld.shared.b16 half, [$1]; cvt.f32.f16 $0, half; }"
+        return self.emit(text, "=f,r", [FLOAT], [address], ordered=True)
+
     def store_shared_floats(self, address: ir.Value, values: list[ir.Value]) -> None:
         """2 or 4 float32 to shared memory, at an i32 address that their size divides."""
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
@@ -124,34 +129,33 @@ class Ptx:
 # --- For kernels: memory, barriers, the copy engine
 
 
-def _loader(name: str, instruction: str, constraint: str, result: Any, llvm: Any, doc: str) -> Any:
+def _loader(name: str, instruction: str, kind: str, doc: str) -> Any:
+    """An intrinsic that loads a number of a kind: from an int64 address, of shared memory int32."""
+    result, constraint, llvm = {
+        "int32": (types.int32, "=r", WORD),
+        "float32": (types.float32, "=f", FLOAT),
+        "uint16": (types.uint16, "=h", ir.IntType(16)),
+    }[kind]
+    pointer, letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
+
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, signature, arguments):
-            return Ptx(builder).emit(
-                instruction, f"{constraint},l", [llvm], arguments, ordered=True
-            )
+            text, constraints = f"{instruction} $0, [$1]", f"{constraint},{letter}"
+            return Ptx(builder).emit(text, constraints, [llvm], arguments, ordered=True)
 
-        return result(types.int64), codegen
+        return result(pointer), codegen
 
     load.__name__, load.__doc__ = name, doc
     return load
 
 
-load_int32 = _loader(
-    "load_int32", "ld.global.nc.b32 $0, [$1]", "=r", types.int32, WORD, "int32 at an address."
-)
-load_float = _loader(
-    "load_float", "ld.global.f32 $0, [$1]", "=f", types.float32, FLOAT, "float32 at an address."
-)
-load_uint16 = _loader(
-    "load_uint16",
-    "ld.global.nc.b16 $0, [$1]",
-    "=h",
-    types.uint16,
-    ir.IntType(16),
-    "uint16 at an address.",
-)
+load_int32 = _loader("load_int32", "ld.global.nc.b32", "int32", "int32 at an address.")
+load_float = _loader("load_float", "ld.global.f32", "float32", "float32 at an address.")
+load_uint16 = _loader("load_uint16", "ld.global.nc.b16", "uint16", "uint16 at an address.")
+shared_int32 = _loader("shared_int32", "ld.shared.b32", "int32", "int32 in shared memory.")
+shared_float = _loader("shared_float", "ld.shared.f32", "float32", "float32 in shared memory.")
+shared_uint16 = _loader("shared_uint16", "ld.shared.b16", "uint16", "uint16 in shared memory.")
 
 
 @intrinsic
@@ -211,6 +215,21 @@ store_int32 = _effect(
 )
 store_float = _effect(
     "store_float", "st.global.f32 [$0], $1", (types.int64, types.float32), "float32 to an address."
+)
+to_shared_uint16 = _effect(
+    "to_shared_uint16",
+    "st.shared.b16 [$0], $1",
+    (types.int32, types.uint16),
+    "Two bytes to shared memory.",
+)
+to_shared_float = _effect(
+    "to_shared_float",
+    "st.shared.f32 [$0], $1",
+    (types.int32, types.float32),
+    "float32 to shared memory.",
+)
+clear_shared = _effect(
+    "clear_shared", "st.shared.b64 [$0], 0", (types.int32,), "Eight zero bytes to shared memory."
 )
 wait_for_dependencies = _effect(
     "wait_for_dependencies",

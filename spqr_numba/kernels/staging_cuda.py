@@ -23,15 +23,24 @@ from .ptx import (
     load_uint16,
     load_words,
     shared_address,
+    shared_int32,
     store_float,
     store_int32,
+    to_shared_uint16,
     wait_for_dependencies,
 )
 from .scalars import bfloat_to_float, float_to_half, power_of_two
 from .stream_cuda import KernelSpec, Weight
 from .unit_cuda import HALF_BYTES, group_summer
 
-__all__ = ["STAGING", "WEIGHT", "ZERO_HALVES", "staging_function", "staging_kernel"]
+__all__ = [
+    "STAGING",
+    "WEIGHT",
+    "ZERO_HALVES",
+    "padding_function",
+    "staging_function",
+    "staging_kernel",
+]
 
 cuda = numba_cuda()
 
@@ -64,30 +73,46 @@ def staging_kernel(spec: KernelSpec) -> Any:
     threads, early, unit_columns = spec.threads, spec.early, spec.unit.columns
     inputs, group_bytes = spec.unit.inputs, HALF_BYTES * spec.unit.group_size
     stage, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
+    clear_padding = padding_function(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def write_staged(start, columns, out, thread):
+        i = int32(4 * thread)
+        while i < HALF_BYTES * columns:
+            store_int32(out + i, shared_int32(int32(start + i)))
+            i = int32(i + 4 * threads)
+
+    @cuda.jit(device=True, forceinline=True)
+    def write_sums(start, groups, out, thread):
+        group = thread
+        while group < groups:
+            total = sum_group(int32(start + group * group_bytes))
+            store_float(out + 4 * inputs * np.int64(group), total)
+            group = int32(group + threads)
 
     @cuda.jit(launch_bounds=(threads, 1))
     def kernel(weight, x, step, count, staged_out, sums_out, factors_out):
-        staged = cuda.shared.array(0, np.uint16)
-        words = cuda.shared.array(0, np.int32)
+        zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
-        columns = int32(weight.units * unit_columns)
+        start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
+        factor = np.float32(1)
+        if early:  # what multiplies may fetch its weight meanwhile
+            let_dependents_start()
+        clear_padding(weight, thread, zeros)
         if early:
             wait_for_dependencies()
-            let_dependents_start()
-        factor = np.float32(1)
         if own < count:
-            factor = stage(weight, x + np.int64(own) * step, thread, staged)
+            factor = stage(weight, x + np.int64(own) * step, thread, zeros)
         else:
-            for i in range(thread, ZERO_HALVES + columns, threads):
-                staged[i] = 0
+            i = thread
+            while i < columns:
+                to_shared_uint16(int32(start + HALF_BYTES * i), np.uint16(0))
+                i = int32(i + threads)
             cuda.syncthreads()
         out = staged_out + np.int64(own) * columns * HALF_BYTES
-        for i in range(thread, columns >> 1, threads):
-            store_int32(out + 4 * i, words[ZERO_HALVES // 2 + i])
-        first = shared_address(staged) + HALF_BYTES * ZERO_HALVES
-        for group in range(thread, int32(weight.units * UNIT_GROUPS), threads):
-            total = sum_group(int32(first + group * group_bytes))
-            store_float(sums_out + 4 * (np.int64(group) * inputs + own), total)
+        write_staged(start, columns, out, thread)
+        groups = int32(weight.units * UNIT_GROUPS)
+        write_sums(start, groups, sums_out + np.int64(4 * own), thread)
         if thread == 0:
             store_float(factors_out + 4 * own, factor)
 
@@ -95,26 +120,36 @@ def staging_kernel(spec: KernelSpec) -> Any:
 
 
 def staging_function(spec: KernelSpec) -> Any:
-    """stage(weight, x, thread, staged) -> what to multiply results with.
+    """stage(weight, x, thread, zeros) -> what to multiply results with.
 
-    x' from staged[ZERO_HALVES] on, for all threads of the block when it returns.
+    x' behind the zeros, for all threads of the block when it returns; `padding_function` is for
+    what lies behind its columns.
     """
-    threads, unit_columns = spec.threads, spec.unit.columns
     scale_of, permute = scale_function(spec), permuting_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, x, thread, staged):
-        for i in range(thread, ZERO_HALVES, threads):
-            staged[i] = 0
-        last = int32(weight.units * unit_columns)
-        for i in range(int32(weight.columns + thread), last, threads):
-            staged[ZERO_HALVES + i] = 0
+    def stage(weight, x, thread, zeros):
         exponent = scale_of(weight, x, thread)
-        permute(weight, x, power_of_two(int32(-exponent)), staged, thread)
+        start = int32(zeros + HALF_BYTES * ZERO_HALVES)
+        permute(weight, x, power_of_two(int32(-exponent)), start, thread)
         cuda.syncthreads()
         return power_of_two(exponent)
 
     return stage
+
+
+def padding_function(spec: KernelSpec) -> Any:
+    """clear_padding(weight, thread, zeros): zeros from the last column to the end of its unit."""
+    threads, unit_columns = spec.threads, spec.unit.columns
+
+    @cuda.jit(device=True, forceinline=True)
+    def clear_padding(weight, thread, zeros):
+        i, start = int32(weight.columns + thread), int32(zeros + HALF_BYTES * ZERO_HALVES)
+        while i < weight.units * unit_columns:
+            to_shared_uint16(int32(start + HALF_BYTES * i), np.uint16(0))
+            i = int32(i + threads)
+
+    return clear_padding
 
 
 def scale_function(spec: KernelSpec) -> Any:
@@ -129,13 +164,17 @@ def scale_function(spec: KernelSpec) -> Any:
     def exponent_of(weight, x, thread):
         largest = cuda.shared.array(warps, np.int32)
         found = int32(1)
-        for i in range(thread, weight.columns >> 3, threads):
+        i, whole = thread, int32(weight.columns >> 3)
+        while i < whole:
             words = load_words(x + 16 * i)
             for k in range(4):
                 low, high = int32(words[k] >> 7 & 0xFF), int32(words[k] >> 23 & 0xFF)
                 found = int32(max(found, low, high))
-        for i in range(int32((weight.columns & -8) + thread), weight.columns, threads):
+            i = int32(i + threads)
+        i = int32(8 * whole + thread)
+        while i < weight.columns:
             found = int32(max(found, int32(load_uint16(x + 2 * i) >> 7 & 0xFF)))
+            i = int32(i + threads)
         for distance in (16, 8, 4, 2, 1):
             found = int32(max(found, int32(cuda.shfl_xor_sync(ALL, found, distance))))
         if thread & (LANES - 1) == 0:
@@ -150,34 +189,37 @@ def scale_function(spec: KernelSpec) -> Any:
 
 
 def permuting_function(spec: KernelSpec) -> Any:
-    """permute(weight, x, factor, staged, thread): x * factor as fp16, where `target` says."""
+    """permute(weight, x, factor, start, thread): x * factor as fp16, where `target` says."""
     threads, bfloat = spec.threads, spec.kind == torch.bfloat16
 
     @cuda.jit(device=True, forceinline=True)
-    def put(staged, target, half, factor):
+    def put(start, target, half, factor):
         value = np.uint16(half & 0xFFFF)
         if bfloat:
             value = float_to_half(bfloat_to_float(value) * factor)
-        staged[ZERO_HALVES + (target & 0xFFFF)] = value
+        to_shared_uint16(int32(start + HALF_BYTES * (target & 0xFFFF)), value)
 
     @cuda.jit(device=True, forceinline=True)
-    def put_all(staged, targets, words, factor):
+    def put_all(start, targets, words, factor):
         for k in range(4):
-            put(staged, targets[k], words[k], factor)
-            put(staged, targets[k] >> 16, words[k] >> 16, factor)
+            put(start, targets[k], words[k], factor)
+            put(start, targets[k] >> 16, words[k] >> 16, factor)
 
     @cuda.jit(device=True, forceinline=True)
-    def permute(weight, x, factor, staged, thread):
-        whole = int32(weight.columns >> 3)
-        for i in range(thread, whole, 2 * threads):
+    def permute(weight, x, factor, start, thread):
+        i, whole = thread, int32(weight.columns >> 3)
+        while i < whole:
             also = int32(min(i + threads, whole - 1))  # two at once, to wait for both together
             words, others = load_words(x + 16 * i), load_words(x + 16 * also)
             targets, other_targets = targets_of(weight, i), targets_of(weight, also)
-            put_all(staged, targets, words, factor)
-            put_all(staged, other_targets, others, factor)
-        for i in range(int32(8 * whole + thread), weight.columns, threads):
+            put_all(start, targets, words, factor)
+            put_all(start, other_targets, others, factor)
+            i = int32(i + 2 * threads)
+        i = int32(8 * whole + thread)
+        while i < weight.columns:
             target = int32(load_uint16(weight.target + 2 * i)) if weight.target else int32(i)
-            put(staged, target, load_uint16(x + 2 * i), factor)
+            put(start, target, load_uint16(x + 2 * i), factor)
+            i = int32(i + threads)
 
     return permute
 

@@ -143,7 +143,7 @@ def addresses(weight: PreparedMatrix) -> Weight:
 def first_item_of(warp, shift, items):
     """Where a warp's stretch of a slab's items begins, of 2^shift warps; the next one's is where it
     ends."""
-    return int32(warp * items >> shift)
+    return int32(int32(warp * items) >> shift)
 
 
 def work_function(spec: KernelSpec) -> Any:
@@ -251,8 +251,10 @@ def run_filler(spec: UnitSpec) -> Any:
     def fill_run(weight, tile, segment, to, lane):
         start, loads = run_of(weight, tile, segment)
         source = weight.runs + np.int64(start) * LOAD_BYTES
-        for i in range(lane, min(loads, room), LANES):
-            copy_ahead(int32(to + i * LOAD_BYTES), source + i * LOAD_BYTES)
+        at, end = int32(LOAD_BYTES * lane), int32(LOAD_BYTES * min(loads, room))
+        while at < end:
+            copy_ahead(int32(to + at), source + at)
+            at = int32(at + LOAD_BYTES * LANES)
 
     return fill_run
 

@@ -121,11 +121,7 @@ def unit_multiplier(spec: UnitSpec, kind: type[Unit]) -> Any:
     def multiply(typingctx, places, totals):
         def codegen(context, builder, signature, arguments):
             places, totals = (unpacked(builder, value) for value in arguments)
-            grown = kind(Ptx(builder), spec, *places).add_to(totals)
-            value = ir.Constant(arguments[1].type, ir.Undefined)
-            for i, total in enumerate(grown):
-                value = builder.insert_value(value, total, i)
-            return value
+            return packed(builder, kind(Ptx(builder), spec, *places).add_to(totals))
 
         return totals(places, totals), codegen
 
@@ -135,6 +131,14 @@ def unit_multiplier(spec: UnitSpec, kind: type[Unit]) -> Any:
 def unpacked(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
     """The members of a tuple."""
     return [builder.extract_value(value, i) for i in range(len(value.type))]
+
+
+def packed(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    """The inverse of `unpacked`: a tuple of values of one type."""
+    tuple_ = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        tuple_ = builder.insert_value(tuple_, value, i)
+    return tuple_
 
 
 class Unit:

@@ -25,7 +25,13 @@ import pytest
 __all__ = ["emulated"]
 
 PACKAGE = "spqr_numba.kernels."
-KERNELS = ("stream_cuda", "staging_cuda", "product_cuda", "matmul_cuda")  # that `jit` sees
+KERNELS = (
+    "stream_cuda",
+    "staging_cuda",
+    "run_cuda",
+    "product_cuda",
+    "matmul_cuda",
+)  # that `jit` sees
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
 MULTIPROCESSORS = 1
 LANES = 32
@@ -42,9 +48,8 @@ def emulated(arrival: str) -> Iterator[ModuleType]:
             module = importlib.import_module(PACKAGE + room)
             for name, value in replaced.items():
                 patch.setattr(module, name, value)
-        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9)
         patch.setattr("torch.cuda.get_device_properties", lambda device: properties)
-        patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
         stream = SimpleNamespace(cuda_stream=0)
         patch.setattr("torch.cuda.current_stream", lambda device: stream)
         for room in KERNELS:
@@ -73,6 +78,12 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
             "load_float": lambda address: read(address, ctypes.c_float, FLOAT),
             "load_words": load_words,
+            "shared_int32": partial(shared, np.int32),
+            "shared_float": partial(shared, FLOAT),
+            "shared_uint16": partial(shared, np.uint16),
+            "to_shared_uint16": partial(to_shared, np.uint16),
+            "to_shared_float": partial(to_shared, FLOAT),
+            "clear_shared": lambda address: to_shared(np.uint64, address, 0),
             "divide": lambda one, other: np.int32(one // other),
             "store_uint16": partial(write, ctypes.c_uint16, int),
             "store_int32": partial(write, ctypes.c_int32, int),
@@ -93,6 +104,12 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "unit_multiplier": unit_multiplier,
             "group_summer": group_summer,
             "add_to_shared": add_to_shared,
+        },
+        "outlier_cuda": constants
+        | {
+            "add_entry": add_entry,
+            "entries_adder": entries_adder,
+            "pairs_adder": pairs_adder,
         },
         "unit_several_cuda": constants,
         "codes_cuda": {"i32": constants["i32"]},
@@ -240,6 +257,24 @@ def load_words(address: int) -> tuple[Any, ...]:
     return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
 
 
+def shared(dtype: Any, address: Any) -> Any:
+    """A number in shared memory."""
+    return place_in_shared(dtype, address)[0]
+
+
+def to_shared(dtype: Any, address: Any, value: Any) -> None:
+    """A number to shared memory."""
+    place_in_shared(dtype, address)[0] = value
+
+
+def place_in_shared(dtype: Any, address: Any) -> np.ndarray:
+    """Where it lies, as an array of one."""
+    size = np.dtype(dtype).itemsize
+    assert address % size == 0
+    assert 0 <= address <= len(here.block.memory) - size
+    return here.block.memory[int(address) : int(address) + size].view(dtype)
+
+
 def write(kind: Any, number: Any, address: int, value: Any) -> None:
     """A number to an address."""
     kind.from_address(int(address)).value = number(value)
@@ -318,6 +353,44 @@ def add_to_shared(address: Any, totals: Any) -> None:
     add_floats(Instructions(here.block.memory), np.array([address], WORD), values)
 
 
+def add_entry(*given: Any) -> Any:
+    """outlier_cuda.add_entry, of one lane."""
+    from spqr_numba.kernels.outlier_cuda import grown_by_entry
+
+    return of_one_lane(grown_by_entry, *given)
+
+
+def entries_adder(at_once: int, stride: int) -> Callable[..., Any]:
+    """outlier_cuda.entries_adder, of one lane."""
+    from spqr_numba.kernels.outlier_cuda import grown_by_entries
+
+    def written(ptx: Instructions, *given: Any) -> Any:
+        return grown_by_entries(ptx, at_once, stride, *given)  # type: ignore[arg-type]
+
+    return partial(of_one_lane, written)
+
+
+def pairs_adder(lane_bytes: int) -> Callable[..., Any]:
+    """outlier_cuda.pairs_adder, of one lane."""
+    from spqr_numba.kernels.outlier_cuda import add_scaled_pairs
+
+    def written(ptx: Instructions, *given: Any) -> Any:
+        add_scaled_pairs(ptx, lane_bytes, *given)  # type: ignore[arg-type]
+        return []
+
+    return partial(of_one_lane, written)
+
+
+def of_one_lane(write: Callable[..., Any], *given: Any) -> Any:
+    """What instructions give that are written for numbers and, at the end, totals."""
+    *numbers, totals = given
+    words = [np.array([int(number)]).astype(WORD) for number in numbers]
+    instructions = Instructions(here.block.memory)
+    return tuple(
+        value[0] for value in write(instructions, *words, [np.array([FLOAT(t)]) for t in totals])
+    )
+
+
 class Instructions:
     """ptx.Ptx and the builder of LLVM: each instruction is carried out, for all lanes at once."""
 
@@ -333,6 +406,11 @@ class Instructions:
     fmul = staticmethod(lambda a, b: FLOAT(a * b))
     fma = staticmethod(lambda a, b, c: (np.multiply(a, b, dtype=np.float64) + c).astype(FLOAT))
 
+    icmp_signed = staticmethod(
+        lambda sign, a, b: {"<": a.astype(np.int32) < b.astype(np.int32)}[sign]
+    )
+    select = staticmethod(np.where)
+
     def shared(self, address: np.ndarray, count: int, dtype: Any) -> list[np.ndarray]:
         """`count` numbers of 4 bytes from each lane's address on, which their size divides."""
         assert (address % (4 * count) == 0).all()
@@ -346,6 +424,11 @@ class Instructions:
     def load_shared_floats(self, address: np.ndarray, count: int) -> list[np.ndarray]:
         """Some float32."""
         return self.shared(address, count, FLOAT)
+
+    def load_shared_half(self, address: np.ndarray) -> np.ndarray:
+        """An fp16 number, as float32."""
+        assert (address % 2 == 0).all()
+        return self.memory[: len(self.memory) // 8 * 8].view(HALF)[address // 2].astype(FLOAT)
 
     def store_shared_floats(self, address: np.ndarray, values: list[np.ndarray]) -> None:
         """Some float32."""

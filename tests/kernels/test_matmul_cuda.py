@@ -191,13 +191,13 @@ def test_ptx(
     tmp_path: Path,
 ) -> None:
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
-    from spqr_numba.kernels.matmul_cuda import WARPS
+    from spqr_numba.kernels.matmul_cuda import RINGS
     from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
     from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
     unit = UnitSpec(bits, bits, group_size, inputs)
-    spec = KernelSpec(unit, dtype, WARPS[inputs][0], 2, capability[0] >= 9)
+    spec = KernelSpec(unit, dtype, *RINGS[inputs][0], capability[0] >= 9)
     kernel = product_kernel.__wrapped__(spec)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
