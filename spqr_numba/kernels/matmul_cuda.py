@@ -17,7 +17,7 @@ from numba import types
 
 from ..format.layout import ceil_div
 from .launch import Launcher, shared_memory
-from .prepared import LANES, UNIT_GROUPS, PreparedMatrix
+from .prepared import LANES, OCTET, UNIT_GROUPS, PreparedMatrix
 from .product_cuda import BLOCKS_PER_SM, FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
 from .runs import SEGMENT_COLUMNS, segments_of
 from .staging_cuda import STAGING, ZERO_HALVES, staging_kernel
@@ -181,12 +181,12 @@ def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int, grid: int
     inputs, slabs = spec.unit.inputs, ceil_div(segments_of(weight.spec), segments)
     buffers, columns = min(slabs, 2), segments * SEGMENT_COLUMNS
     stride = columns + weight.spec.group_size  # which keeps inputs in banks of their own
+    sums_stride = columns // weight.spec.group_size + OCTET  # and so does this
     if inputs == 1:
-        stride = columns = weight.units * spec.unit.columns
-    groups = columns // weight.spec.group_size
+        stride, sums_stride = weight.units * spec.unit.columns, weight.units * UNIT_GROUPS
     inputs_bytes = HALF_BYTES * (ZERO_HALVES + buffers * inputs * stride)
     sums = ceil_div(inputs_bytes, LOAD_BYTES) * (LOAD_BYTES // FLOAT_BYTES) + FACTOR_FLOATS
-    slots = sums + buffers * groups * inputs
+    slots = sums + buffers * inputs * sums_stride
     tiles, longer = divmod(weight.tiles, grid)
     end = slots + (tiles + (longer > 0) + spec.warps - 1) * LANES * spec.unit.totals
     return Plan(
@@ -196,6 +196,7 @@ def make_plan(weight: PreparedMatrix, spec: KernelSpec, segments: int, grid: int
         slabs=slabs,
         items=segment_items(weight, spec),
         stride=stride,
+        sums_stride=sums_stride,
         sums=sums,
         slots=slots,
         ring=ceil_div(FLOAT_BYTES * end, ALIGNMENT) * ALIGNMENT,

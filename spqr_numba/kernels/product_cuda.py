@@ -9,7 +9,7 @@ next slab of the inputs.
     zeros          fp16     [16]                                what multiplies nothing
     x'             fp16     [buffers, inputs, stride]           staging_cuda.py; of a slab
     factor         float32  [4]                                 the first: what staging one returned
-    X              float32  [buffers, groups of a slab, inputs]
+    X              float32  [buffers, inputs, sums_stride]
     slots          float32  [tiles + warps - 1, 32, totals]     stream_cuda.py
     ring           bytes    [warps, stages, unit]
 
@@ -69,6 +69,7 @@ cuda = numba_cuda()
 
 FLOAT_BYTES = 4
 FACTOR_FLOATS = 4
+SUMS_BYTES = FLOAT_BYTES * UNIT_GROUPS  # of a unit and an input
 BLOCKS_PER_SM = {1: 2, 8: 1, 16: 1}  # inputs -> whose registers fit
 ALL = 0xFFFFFFFF  # lanes
 int32: Any = np.int32
@@ -199,10 +200,8 @@ def stage_function(spec: KernelSpec) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def stage(weight, plan, x, thread, zeros):
         factor = stage_input(weight, x, thread, zeros)
-        first, sums = (
-            int32(zeros + HALF_BYTES * ZERO_HALVES),
-            int32(zeros + FLOAT_BYTES * plan.sums),
-        )
+        first = int32(zeros + HALF_BYTES * ZERO_HALVES)
+        sums = int32(zeros + FLOAT_BYTES * plan.sums)
         group = thread
         while group < weight.units * UNIT_GROUPS:
             total = sum_group(int32(first + group * group_bytes))
@@ -219,32 +218,35 @@ def slab_copier(spec: KernelSpec) -> Any:
     """copy_slab(weight, plan, x, sums, slab, thread, zeros): x' and X of a slab on their way."""
     threads, inputs, copy_ahead = spec.threads, spec.unit.inputs, copier(0)
     segment_units, unit_bytes = spec.segment_units, HALF_BYTES * spec.unit.columns
-    sums_bytes = FLOAT_BYTES * UNIT_GROUPS * inputs  # of a unit
     shift = 3 + inputs.bit_length() - 1  # eight loads of an input, then those of the next
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_slab(weight, plan, x, sums, slab, thread, zeros):
-        slab_units = int32(plan.segments * segment_units)
-        first = int32(slab * slab_units)
-        units = int32(min(slab_units, weight.units - first))
-        loads, buffer = int32(inputs * units * (unit_bytes // LOAD_BYTES)), int32(slab & 1)
-        to = int32(zeros + HALF_BYTES * (ZERO_HALVES + buffer * (inputs * plan.stride)))
-        source = x + np.int64(first) * unit_bytes
+    def copy_rows(to, to_step, source, source_step, loads, thread):
         turn = divide(int32(cuda.blockIdx.x * loads), int32(cuda.gridDim.x))
         i = thread
         while i < loads:
             k = int32(i + turn)  # each block begins elsewhere: all want the same
             k = int32(k - loads if k >= loads else k)
             own, at = int32(k >> 3 & (inputs - 1)), int32(((k >> shift) * 8 + (k & 7)) * LOAD_BYTES)
-            there = source + np.int64(own) * (weight.units * unit_bytes) + at
-            copy_ahead(int32(to + own * (HALF_BYTES * plan.stride) + at), there)
+            copy_ahead(int32(to + own * to_step + at), source + np.int64(own) * source_step + at)
             i = int32(i + threads)
-        to = int32(zeros + FLOAT_BYTES * plan.sums + buffer * (slab_units * sums_bytes))
-        source = sums + np.int64(first) * sums_bytes
-        at = int32(LOAD_BYTES * thread)
-        while at < units * sums_bytes:
-            copy_ahead(int32(to + at), source + at)
-            at = int32(at + LOAD_BYTES * threads)
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy_slab(weight, plan, x, sums, slab, thread, zeros):
+        slab_units = int32(plan.segments * segment_units)
+        first, buffer = int32(slab * slab_units), int32((slab & 1) * inputs)
+        units = int32(min(slab_units, weight.units - first))
+        step = int32(HALF_BYTES * plan.stride)
+        to = int32(zeros + HALF_BYTES * ZERO_HALVES + buffer * step)
+        source, loads = x + np.int64(first) * unit_bytes, int32(unit_bytes // LOAD_BYTES * inputs)
+        copy_rows(to, step, source, weight.units * unit_bytes, int32(units * loads), thread)
+        step = int32(FLOAT_BYTES * plan.sums_stride)
+        to = int32(zeros + FLOAT_BYTES * plan.sums + buffer * step)
+        source, loads = (
+            sums + np.int64(first) * SUMS_BYTES,
+            int32(SUMS_BYTES // LOAD_BYTES * inputs),
+        )
+        copy_rows(to, step, source, weight.units * SUMS_BYTES, int32(units * loads), thread)
 
     return copy_slab
 
@@ -310,20 +312,21 @@ def one_places(spec: KernelSpec) -> Any:
 def several_places(spec: KernelSpec) -> Any:
     """places_of(plan, item, unit, at, lane, zeros) -> where UnitOfSeveral finds things."""
     inputs, columns, quarter = spec.unit.inputs, spec.unit.columns, spec.unit.group_size // 4
-    segment_units, unit_sums = spec.segment_units, UNIT_GROUPS * spec.unit.inputs
+    segment_units = spec.segment_units
 
     @cuda.jit(device=True, forceinline=True)
     def places_of(plan, item, unit, at, lane, zeros):
         g, t, buffer = int32(lane >> 2), int32(lane & 3), int32(item.slab & 1)
         unit = int32(item.segment * segment_units + item.place)  # of the slab
         x = int32((buffer * inputs + g) * plan.stride + unit * columns + t * quarter)
-        x_sums = int32(plan.sums + buffer * (plan.segments * segment_units) * unit_sums)
+        x_sums = int32(plan.sums + (buffer * inputs + g) * plan.sums_stride + unit * UNIT_GROUPS)
         return (
             at,
             lane,
             int32(zeros + HALF_BYTES * (ZERO_HALVES + x)),
             int32(HALF_BYTES * AT_ONCE * plan.stride),
-            int32(zeros + FLOAT_BYTES * (x_sums + unit * unit_sums + 2 * t)),
+            int32(zeros + FLOAT_BYTES * (x_sums + 2 * t)),
+            int32(FLOAT_BYTES * AT_ONCE * plan.sums_stride),
         )
 
     return places_of

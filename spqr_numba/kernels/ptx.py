@@ -125,6 +125,24 @@ class Ptx:
         results = [FLOAT] * 4
         return self.emit(f"{kind} {operands}", ",".join(constraints), results, [*a, *b, *sums])
 
+    def tf32_parts(self, value: ir.Value) -> list[ir.Value]:
+        """Words of two float32 whose sum a float32 is: its first eleven bits, and the rest."""
+        text = (
+            "{ .reg .b32 high; .reg .f32 low; and.b32 high, $2, 0xffffe000;"
+            " mov.b32 low, high; sub.rn.f32 low, $3, low; mov.b32 $0, high; mov.b32 $1, low; }"
+        )
+        bits = self.builder.bitcast(value, WORD)
+        return self.emit(text, "=r,=r,r,f", [WORD] * 2, [bits, value])
+
+    def mma_tf32(self, sums: list, a: list, b: list) -> list[ir.Value]:
+        """sums + A B in float32 of A [16, 8], row-major, and B [8, 8], of which the first eleven
+        bits count, as the lanes hold them for mma.m16n8k8."""
+        text = (
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13}"
+        )
+        return self.emit(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [FLOAT] * 4, [*a, *b, *sums])
+
 
 # --- For kernels: memory, barriers, the copy engine
 

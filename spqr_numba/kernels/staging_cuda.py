@@ -67,11 +67,11 @@ def staging_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, step, count, staged, sums, factors), a block for each input.
 
     x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. It goes to the
-    addresses of x' [inputs, columns padded to units], of X [groups of the units, inputs], and of
+    addresses of x' [inputs, columns padded to units], of X [inputs, groups of the units], and of
     float32 [inputs], what to multiply results with. Inputs from `count` on are zero.
     """
     threads, early, unit_columns = spec.threads, spec.early, spec.unit.columns
-    inputs, group_bytes = spec.unit.inputs, HALF_BYTES * spec.unit.group_size
+    group_bytes = HALF_BYTES * spec.unit.group_size
     stage, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
     clear_padding = padding_function(spec)
 
@@ -87,7 +87,7 @@ def staging_kernel(spec: KernelSpec) -> Any:
         group = thread
         while group < groups:
             total = sum_group(int32(start + group * group_bytes))
-            store_float(out + 4 * inputs * np.int64(group), total)
+            store_float(out + 4 * group, total)
             group = int32(group + threads)
 
     @cuda.jit(launch_bounds=(threads, 1))
@@ -112,7 +112,7 @@ def staging_kernel(spec: KernelSpec) -> Any:
         out = staged_out + np.int64(own) * columns * HALF_BYTES
         write_staged(start, columns, out, thread)
         groups = int32(weight.units * UNIT_GROUPS)
-        write_sums(start, groups, sums_out + np.int64(4 * own), thread)
+        write_sums(start, groups, sums_out + np.int64(4 * own) * groups, thread)
         if thread == 0:
             store_float(factors_out + 4 * own, factor)
 

@@ -97,6 +97,7 @@ class Plan(NamedTuple):
     slabs: int
     items: int  # of a segment: its units, and its run where there are outliers
     stride: int  # from one input's x' to the next, in halves
+    sums_stride: int  # from one input's X to the next, in floats
     sums: int
     slots: int
     ring: int

@@ -453,6 +453,22 @@ class Instructions:
         """Both halves."""
         return list(halves(word).astype(FLOAT).T)
 
+    def tf32_parts(self, value: np.ndarray) -> list[np.ndarray]:
+        """The first eleven bits, and the rest."""
+        high = np.ascontiguousarray(value).view(WORD) & WORD(0xFFFFE000)
+        return [high, FLOAT(value - high.view(FLOAT)).view(WORD)]
+
+    def mma_tf32(self, sums: list, a: list, b: list) -> list[np.ndarray]:
+        """mma.m16n8k8 of tf32, by the fragment tables of the PTX manual."""
+        left, right = (
+            np.stack([(word & WORD(0xFFFFE000)).view(FLOAT) for word in part]) for part in (a, b)
+        )
+        # lane = 4 g + t; A: [half of k, half of rows, g, t]; B: [half of k, n, t]
+        rows = left.reshape(2, 2, 8, 4).transpose(1, 2, 0, 3).reshape(16, 8).astype(np.float64)
+        columns = right.reshape(2, 8, 4).transpose(0, 2, 1).reshape(8, 8).astype(np.float64)
+        product = (rows @ columns).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, LANES)
+        return [FLOAT(total + more) for total, more in zip(sums, product, strict=True)]
+
     def mma(self, sums: list, a: list, b: list) -> list[np.ndarray]:
         """mma.m16n8k16 or m16n8k8, by the fragment tables of the PTX manual."""
         left = np.stack([halves(word) for word in np.broadcast_arrays(*a)]).astype(np.float64)
