@@ -19,7 +19,7 @@ from .operators import Weight, describe, needs_operator, remember
 __all__ = ["SpqrLinear"]
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
-PREPARED_ON: tuple[str, ...] = ()  # kinds of device whose product reads a PreparedMatrix
+PREPARED_ON: tuple[str, ...] = ("cuda",)  # kinds of device whose product reads a PreparedMatrix
 
 
 class SpqrLinear(nn.Module):

@@ -18,8 +18,9 @@ lane: the reduction over columns never leaves a lane. A code costs a mask, a con
 then a shift, and a multiply-add for each input; without AVX-512 that, and not memory, sets the
 pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
 
-On a GPU the weight is dequantized and given to cuBLAS: in fp32, or from `GEMM_FROM` inputs on,
-where tensor cores count, in the dtype of x.
+On a GPU a prepared weight (prepared.py) is multiplied from its codes as well, sixteen inputs at a
+time. From `ROUNDED_FROM` inputs on any weight is dequantized to the dtype of x, for the sake of
+tensor cores, and given to cuBLAS; one that cannot be prepared meets fewer inputs in fp32.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ from .unpack import (
 __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
+ROUNDED_FROM = 49  # on a GPU: three launches of sixteen inputs are no slower than it is
 GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
@@ -350,7 +352,7 @@ def gemm(x: torch.Tensor, matrix: SpqrMatrix, y: torch.Tensor) -> None:
 
 def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     """`matmul` on a GPU, through the dequantized weight."""
-    large = x.numel() >= GEMM_FROM * matrix.spec.in_features
+    large = x.numel() >= ROUNDED_FROM * matrix.spec.in_features
     dtype = x.dtype if large else torch.float32
     weight = dequantize(matrix, dtype)
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
@@ -360,17 +362,20 @@ def multiply_prepared(
     x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`matmul` of a prepared weight: few inputs at once, many through the decoded weight."""
-    from .matmul_cuda import can_multiply, multiply_few
+    from .matmul_cuda import MOST_INPUTS, can_multiply, multiply_few
 
     inputs = x.reshape(-1, weight.spec.in_features)
-    if not len(inputs) or x.dtype == torch.float32 or not can_multiply(weight, len(inputs)):
+    few = 0 < len(inputs) < ROUNDED_FROM and x.dtype != torch.float32
+    if not few or not can_multiply(weight, min(len(inputs), MOST_INPUTS)):
         return multiply_stored(x, weight, bias)
     inputs = inputs.detach().contiguous()
     if inputs.data_ptr() % GPU_LOAD_BYTES or inputs.shape[1] % (GPU_LOAD_BYTES // 2):
         inputs = aligned_rows(inputs)
     bias = None if bias is None else bias.detach().to(x.dtype)
     y = x.new_empty(len(inputs), weight.spec.out_features)
-    multiply_few(inputs, weight, bias, y)
+    for first in range(0, len(inputs), MOST_INPUTS):
+        some = slice(first, first + MOST_INPUTS)
+        multiply_few(inputs[some], weight, bias, y[some])
     return y.view(*x.shape[:-1], -1)
 
 
@@ -387,7 +392,7 @@ def multiply_stored(
     """`matmul` of a prepared weight through its numbers: x goes into their order."""
     from .prepared_cuda import dequantize_stored
 
-    large = x.numel() >= GEMM_FROM * weight.spec.in_features
+    large = x.numel() >= ROUNDED_FROM * weight.spec.in_features
     dtype = x.dtype if large else torch.float32
     x_stored = x = x.detach()
     if "target" in weight.tensors:

@@ -17,7 +17,7 @@ import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
-from spqr_numba.kernels.matmul import GEMM_FROM, matmul, multiply_prepared
+from spqr_numba.kernels.matmul import ROUNDED_FROM, matmul, multiply_prepared
 from spqr_numba.kernels.prepared import prepare
 
 from ..gpu import each_capability, needs_numba_cuda, ptx_of
@@ -75,13 +75,13 @@ def test_every_kind_of_matrix(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [0, 1, 7, 16, 17, 33, GEMM_FROM - 1, GEMM_FROM, 130])
+@pytest.mark.parametrize("batch", [0, 1, 7, 16, 17, 33, ROUNDED_FROM - 1, ROUNDED_FROM, 130])
 def test_batches(batch: int, dtype: torch.dtype) -> None:
-    """From GEMM_FROM inputs on tensor cores multiply by W_hat rounded to the dtype of x."""
+    """From ROUNDED_FROM inputs on tensor cores multiply by W_hat rounded to the dtype of x."""
     matrix = build("ragged")
     x = make_x(batch, matrix.spec.in_features, dtype=dtype)
     bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
-    weights = dtype if batch >= GEMM_FROM else torch.float32
+    weights = dtype if batch >= ROUNDED_FROM else torch.float32
     assert_right(run(x, matrix, bias), x, matrix, bias, weights)
 
 
@@ -146,6 +146,7 @@ def test_same_bits_twice_and_in_a_graph() -> None:
         ("many units", 1, torch.float16, "early"),
         ("ragged", 3, torch.bfloat16, "late"),
         ("no whole load", 8, torch.float16, "early"),
+        ("no whole load", 20, torch.float16, "late"),
         ("4 bit", 11, torch.bfloat16, "late"),
         ("2 bit", 2, torch.float16, "late"),
         ("all outliers in one row", 2, torch.float16, "late"),
