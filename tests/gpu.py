@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-__all__ = ["each_capability", "needs_numba_cuda", "ptx_of", "run_in_simulator"]
+__all__ = ["NEW", "OLD", "each_capability", "needs_numba_cuda", "ptx_of", "run_in_simulator"]
 
 needs_numba_cuda = pytest.mark.skipif(
     find_spec("numba_cuda") is None, reason="needs the package numba-cuda"
 )
-each_capability = pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+OLD, NEW = (8, 0), (9, 0)  # compute capabilities
+each_capability = pytest.mark.parametrize("capability", [OLD, NEW], ids=["sm_80", "sm_90"])
 
 
 def ptx_of(

@@ -15,7 +15,7 @@ from spqr_numba.analysis.points import SweepPoint
 
 from .conftest import Run
 
-QUICK = "--calibration-nsamples 2 --nsamples 2 --seqlen 32"
+QUICK = "--calibration-nsamples 2 --nsamples 2 --seqlen 64"
 
 
 @pytest.fixture
@@ -201,5 +201,5 @@ def test_another_sweep_in_the_same_folder(
     assert run(line).exit_code == 0
     result = run(f"{line} --calibration-nsamples 3")
     assert result.exit_code == 1
-    assert "calibration is 2 windows of 32 tokens" in result.stderr
+    assert "calibration is 2 windows of 64 tokens" in result.stderr
     assert "give another folder" in result.stderr

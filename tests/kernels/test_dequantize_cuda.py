@@ -17,7 +17,7 @@ from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize, dequantize_reference
 
-from ..gpu import each_capability, needs_numba_cuda, ptx_of, run_in_simulator
+from ..gpu import NEW, OLD, needs_numba_cuda, ptx_of, run_in_simulator
 from ..problems import make_spec
 from .test_dequantize import build
 
@@ -107,13 +107,12 @@ def test_same_bits_in_the_simulator() -> None:
 
 
 @needs_numba_cuda
-@each_capability
 @pytest.mark.parametrize(
-    ("dtype", "settings"),
+    ("dtype", "settings", "capability"),
     [
-        (torch.float32, {}),
-        (torch.float16, {"bits": 2, "scale_bits": 2, "zero_bits": 4, "group_size": 8}),
-        (torch.bfloat16, {"bits": 5} | FP16_STATISTICS),
+        (torch.float32, {}, OLD),
+        (torch.float16, {"bits": 2, "scale_bits": 2, "zero_bits": 4, "group_size": 8}, NEW),
+        (torch.bfloat16, {"bits": 5} | FP16_STATISTICS, OLD),
     ],
     ids=["paper", "2 bit", "5 bit"],
 )
