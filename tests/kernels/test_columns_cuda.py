@@ -33,10 +33,13 @@ CASES: dict[str, tuple[tuple[int, int], int, float, float, dict[str, Any]]] = {
         (33, 24), 12, INF, THRESHOLD, {"group_size": None, "scale_bits": 16, "zero_bits": 16},
     ),
     "joint": ((20, 24), 16, THRESHOLD, THRESHOLD, {"fit": "joint"}),
-    "joint, 8/8, whole row": (
-        (35, 24), 12, INF, INF, {"fit": "joint", "group_size": None, "stats_group_size": 8},
+    "joint, 2/2, 8/8, whole row": (
+        (35, 24), 12, INF, INF, {
+            "fit": "joint", "scale_bits": 2, "zero_bits": 2,
+            "group_size": None, "stats_group_size": 8,
+        },
     ),
-    "joint, rtn": ((20, 40), 16, INF, INF, {"fit": "joint", **NO_HESSIAN}),
+    "joint, rtn": ((20, 24), 16, INF, INF, {"fit": "joint", **NO_HESSIAN}),
     "round zero": ((9, 20), 16, THRESHOLD, INF, {"round_zero": True, "bits": 4}),
 }  # fmt: skip
 
