@@ -17,6 +17,7 @@ import torch
 
 from ..config import SpqrConfig
 from ..decoding import capturing
+from ..errors import SpqrError
 from ..format.layout import MatrixSpec
 from ..format.matrix import SpqrMatrix
 from ..kernels.dequantize import dequantize
@@ -44,7 +45,7 @@ def measure_shape(
 ) -> Row:
     """One row of the table: SpQR and every rival that is installed and takes the shape.
 
-    Raises AssertionError where our product is wrong.
+    Raises AssertionError where our product is wrong, SpqrError where a rival takes the GPU down.
     """
     device = torch.device("cuda")
     spec = MatrixSpec.from_config(config, rows, columns)
@@ -59,8 +60,7 @@ def measure_shape(
         try:
             times[name] = timed_rival(partial(make, rows, columns), x)
         except Exception as error:  # whatever a rival raises, the others are still to be timed
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.info("%s x %s, batch %s: %s left out: %s", rows, columns, batch, name, reason)
+            leave_out(f"{name} at {rows} x {columns}, batch {batch}", error)
         torch.cuda.empty_cache()
     spqr = median(times["spqr"])
     low, _, high = quantiles(times["spqr"], n=4)
@@ -87,6 +87,19 @@ def timed_rival(make: Callable[[], Product], x: torch.Tensor) -> list[float]:
     return timed([first, *cold(make, torch.cuda.memory_allocated() - before)], x)
 
 
+def leave_out(rival: str, error: Exception) -> None:
+    """Say why it is not timed; SpqrError where nothing else will be in this process either."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    logger.info("%s: left out: %s", rival, reason)
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise SpqrError(
+            f"the GPU is lost to this process since {rival} ({reason}); uninstall that rival to"
+            " time the others"
+        ) from lost
+
+
 def _multiply(weight: Weight, x: torch.Tensor) -> torch.Tensor:
     return matmul(x, weight)
 
@@ -108,6 +121,7 @@ def timed(products: Sequence[Product], x: torch.Tensor) -> list[float]:
     """
     products = list(products) * -(-LEAST_PRODUCTS // len(products))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # there the weights may still be in the making
     with torch.cuda.stream(stream):
         for product in products:
             product(x)

@@ -81,15 +81,7 @@ def spqr_quant(rows: int, columns: int) -> Product:
     from spqr_quant.inference import FeatureFlags
     from spqr_quant.inference_kernels.cuda_kernel import call_spqr_mul_fused
 
-    count = columns // 100
-    tiles = rows // TILE * (columns // TILE)
-    codes = torch.randint(2**62, (tiles * TILE,), device="cuda")
-    offsets = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * count
-    places = torch.rand(rows, columns, device="cuda").topk(count).indices.sort().values
-    outliers = places.flatten().to(torch.int32)
-    order = torch.randperm(columns, device="cuda", dtype=torch.int32)
-    pairs = order[::2] | order[1::2] << 16
-    weight = rows, columns, 3, TILE, TILE, pairs, codes, offsets, outliers, outliers.numel()
+    weight = spqr_quant_weight(rows, columns, "cuda")
     flags = int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +91,23 @@ def spqr_quant(rows: int, columns: int) -> Product:
         return y
 
     return product
+
+
+def spqr_quant_weight(rows: int, columns: int, device: str) -> tuple[Any, ...]:
+    """What its kernel takes of a weight: sizes, order of columns, codes, offsets, outliers.
+
+    It checks none of it: a code of 8 bytes for each 16 columns of a row, rows + 1 offsets into the
+    outliers, and a column below `columns` in each.
+    """
+    count = columns // 100
+    tiles = rows // TILE * (columns // TILE)
+    codes = torch.randint(2**62, (tiles * TILE,), device=device)
+    offsets = torch.arange(rows + 1, device=device, dtype=torch.int32) * count
+    places = torch.rand(rows, columns, device=device).topk(count).indices.sort().values
+    outliers = places.flatten().to(torch.int32)
+    order = torch.randperm(columns, device=device, dtype=torch.int32)
+    pairs = order[::2] | order[1::2] << 16
+    return rows, columns, 3, TILE, TILE, pairs, codes, offsets, outliers, outliers.numel()
 
 
 RIVALS: Mapping[str, Callable[[int, int], Product]] = {

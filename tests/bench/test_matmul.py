@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from spqr_numba.bench import matmul
+from spqr_numba.bench import matmul, matmul_cuda
 from spqr_numba.bench.random_matrix import random_matrix
-from spqr_numba.bench.rivals import RIVALS
-from spqr_numba.errors import InputError
+from spqr_numba.bench.rivals import RIVALS, spqr_quant_weight
+from spqr_numba.errors import InputError, SpqrError
 from tests.problems import make_spec
 
 
@@ -57,6 +58,31 @@ def test_the_reference_kernel_is_spared_what_it_would_read_beyond(shape: tuple[i
         RIVALS["spqr_quant"](*shape)
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (48, 512), (176, 4096)], ids=str)
+def test_the_reference_kernel_gets_all_that_it_reads(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    *sizes, pairs, codes, offsets, outliers, count = spqr_quant_weight(*shape, "cpu")
+    assert sizes == [rows, columns, 3, 16, 16]
+    order = torch.stack([pairs & 0xFFFF, pairs >> 16])
+    assert torch.equal(order.flatten().sort().values, torch.arange(columns, dtype=torch.int32))
+    assert (codes.dtype, codes.shape) == (torch.int64, (rows * columns // 16,))
+    assert (offsets.dtype, offsets.shape) == (torch.int32, (rows + 1,))
+    assert offsets[0] == 0
+    assert offsets[-1] == len(outliers) == count
+    assert all(offsets.diff() == columns // 100)
+    assert all(0 <= column < columns for column in outliers)
+
+
+def test_a_rival_that_takes_the_gpu_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it raised comes up again at every later call; what any other raises does not."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    matmul_cuda.leave_out("slow at 2 x 4", ImportError("No module named 'slow'"))
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=fault))
+    with pytest.raises(SpqrError, match=r"since wild at 2 x 4 \(RuntimeError: CUDA error.*ed\);"):
+        matmul_cuda.leave_out("wild at 2 x 4", fault)
+
+
 @pytest.mark.gpu
 def test_rows_on_a_gpu() -> None:
     """Ours and at least torch's own."""
@@ -71,8 +97,6 @@ def test_rows_on_a_gpu() -> None:
 def test_what_no_graph_holds_harms_no_other() -> None:
     """As a rival that waits for the device, and says nothing where it must not."""
 
-    from spqr_numba.bench import matmul_cuda
-
     def waits(x: torch.Tensor) -> None:
         with suppress(RuntimeError):
             torch.cuda.synchronize()
@@ -82,3 +106,16 @@ def test_what_no_graph_holds_harms_no_other() -> None:
         matmul_cuda.timed([waits], x)
     assert torch.randn(3, device="cuda").isfinite().all()
     assert min(matmul_cuda.timed([torch.relu], x)) > 0
+
+
+@pytest.mark.gpu
+def test_a_weight_is_made_before_it_is_multiplied_by() -> None:
+    """As its offsets must be: a kernel that reads them sooner reads anywhere."""
+    x = torch.ones(1, device="cuda")
+    weight = x * torch.zeros_like(x)
+    seen: list[torch.Tensor] = []
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**8)  # clocks: some 50 ms
+    weight.fill_(1)
+    matmul_cuda.timed([lambda x: seen.append(x * weight)], x)
+    assert seen[0].item() == 1
