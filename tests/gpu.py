@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,3 +44,16 @@ def run_in_simulator(script: str) -> None:
     path = os.pathsep.join(sys.path)
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+def assert_no_spills(ptx: str, capability: tuple[int, int], folder: Path) -> None:
+    """By the assembler's own account, where there is one; an older one knows these instructions."""
+    assembler = shutil.which("ptxas")
+    if assembler is None:
+        return
+    source = folder / "kernel.ptx"
+    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.6", ptx))
+    target = f"sm_{capability[0]}{capability[1]}"
+    command = [assembler, "-v", f"-arch={target}", str(source), "-o", str(folder / "kernel.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr

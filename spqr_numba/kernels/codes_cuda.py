@@ -14,7 +14,14 @@ from llvmlite import ir
 from .prepared import MANTISSA_BITS, PAIRS, pair_places, shift_and_place
 from .ptx import Ptx, i32
 
-__all__ = ["SUBNORMAL_UNIT", "code_place", "exact_codes", "masked_codes", "raw_codes"]
+__all__ = [
+    "SUBNORMAL_UNIT",
+    "code_place",
+    "exact_codes",
+    "masked_codes",
+    "masked_pair",
+    "raw_codes",
+]
 
 MAGIC = 0x64006400  # two halves of 2^MANTISSA_BITS, whose last bit is worth 1
 SUBNORMAL_UNIT = 2.0**-24  # what the last bit of a half is worth by itself
@@ -23,6 +30,11 @@ SUBNORMAL_UNIT = 2.0**-24  # what the last bit of a half is worth by itself
 def masked_codes(ptx: Ptx, words: list[ir.Value]) -> list[ir.Value]:
     """Sixteen pairs of codes, as subnormal halves; `code_place` says how large they came out."""
     return masked(ptx, words, [fields(len(words), pair) for pair in range(PAIRS)])
+
+
+def masked_pair(ptx: Ptx, words: list[ir.Value], pair: int) -> ir.Value:
+    """One of `masked_codes`."""
+    return masked(ptx, words, [fields(len(words), pair)])[0]
 
 
 def raw_codes(ptx: Ptx, words: list[ir.Value]) -> list[ir.Value]:

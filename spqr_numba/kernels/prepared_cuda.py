@@ -5,192 +5,241 @@
 
     out    fp32, fp16 or bf16 [rows, columns], columns as they are stored: permute the inputs
 
-A block of threads decodes one tile's unit: 16 rows, 32 groups. A thread decodes the scale and the
-zero of a row's group, then its codes, to shared memory, from where they are written out in runs.
-Weights that have an outlier are written once more, from float32, so that each is rounded once.
+A warp takes a unit of a tile: 16 rows, 32 groups. It copies it to shared memory and writes it
+(unit_numbers_cuda.py). Weights that have an outlier are written once more, from float32, so that
+each is rounded once: the lanes look through the run for entries of the unit.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numba import types
 
-from ..format.layout import MatrixSpec
-from .launch import array_of, numba_cuda, stream_of
+from ..format.layout import ceil_div
+from .launch import Launcher, numba_cuda
 from .prepared import (
     HALF,
+    LANES,
     OCTET,
     PAIRS,
     QUARTERS,
     UNIT_GROUPS,
     PreparedMatrix,
-    octets_and_pairs,
     pair_places,
 )
-from .runs import HALF_MASK, HEADER_WORDS, LOAD_WORDS, SEGMENT_COLUMNS, TILE_ROWS
+from .ptx import (
+    copies_done,
+    divide,
+    end_of_copies,
+    load_int32,
+    shared_address,
+    shared_int32,
+    shared_uint16,
+    store_float,
+    store_uint16,
+)
+from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
+from .staging_cuda import WEIGHT
+from .stream_cuda import addresses, run_of, unit_filler
+from .unit_cuda import LOAD_BYTES, UnitSpec
+from .unit_numbers_cuda import unit_writer
 
-__all__ = ["dequantize_stored"]
+__all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
-THREADS = 256
-BITS = {torch.float32: torch.float32, torch.float16: torch.uint16, torch.bfloat16: torch.uint16}
-"""dtype of a weight -> dtype that a kernel writes it as."""
+WARPS = 8
+BLOCKS_PER_SM = 3
+WORD_BYTES = 4
+NIBBLE = 4  # bits of an entry of a table in a number
+int32: Any = np.int32
 
-
-class Views(NamedTuple):
-    """Arrays over a prepared weight's buffers; without outliers, the last two are empty."""
-
-    code_words: Any
-    stat_words: Any
-    second_level: Any
-    runs: Any
-    run_starts: Any
+SIGNATURE = (WEIGHT, types.int64, types.int32)
 
 
 def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """W_hat [out_features, in_features] of a dtype, columns in stored order."""
+    """W_hat [out_features, in_features] of a dtype, columns in stored order; rows may lie apart."""
     spec = weight.spec
-    out = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device=weight.device)
-    launch = dequantize_kernel(spec.bits, spec.scale_bits, spec.group_size, dtype)[
-        (weight.units, weight.tiles), THREADS, stream_of(out.device)
-    ]
-    launch(views(weight), array_of(out.view(BITS[dtype])), spec.stats_group_size // TILE_ROWS)
-    return out
+    unit = UnitSpec(spec.bits, spec.scale_bits, spec.group_size)
+    width = spec.groups * spec.group_size
+    out = torch.empty(spec.out_features, width, dtype=dtype, device=weight.device)
+    stream = torch.cuda.current_stream(weight.device).cuda_stream
+    blocks = ceil_div(weight.tiles * weight.units, WARPS)
+    launcher = launcher_of(unit, dtype, weight.device)
+    launcher.launch(blocks, WARPS * unit.bytes, stream, *addresses(weight), out.data_ptr(), width)
+    return out[:, : spec.in_features]
 
 
-def views(weight: PreparedMatrix) -> Views:
-    """What the kernel reads."""
-    halves = weight["second_level"].view(torch.uint16)
-    nothing = weight["records"].flatten()[:0]
-    return Views(
-        array_of(weight.code_words),
-        array_of(weight.stat_words),
-        array_of(halves),
-        array_of(weight.tensors.get("runs", nothing)),
-        array_of(weight.tensors.get("run_starts", nothing)),
+@cache
+def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Launcher:
+    """The kernel, compiled for a GPU."""
+    numbers = [ctypes.c_int64] * 5 + [ctypes.c_int32] * 6 + [ctypes.c_int64, ctypes.c_int32]
+    return Launcher(
+        dequantize_kernel(unit, dtype),
+        SIGNATURE,
+        tuple(numbers),
+        device,
+        threads=WARPS * LANES,
+        shared_bytes=WARPS * unit.bytes,
+        early=False,
     )
 
 
 @cache
-def dequantize_kernel(bits: int, stat_bits: int, group_size: int, dtype: torch.dtype) -> Any:
-    """kernel(weight, out, stats_tiles) on a grid of [units, tiles]."""
-    statistic, code_at = statistic_function(stat_bits), code_function(bits, group_size)
-    columns, groups = UNIT_GROUPS * group_size, UNIT_GROUPS
-    convert = {torch.float16: float_to_half, torch.bfloat16: float_to_bfloat}.get(dtype)
-    number = np.float32 if dtype == torch.float32 else np.uint16
+def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
+    """kernel(weight, out, width): out is the address of [rows, width], whole groups."""
+    fill_unit, wait, write_unit = unit_filler(spec), copies_done(0), unit_writer(spec, dtype)
+    add_outliers, unit_bytes, group_size = outlier_adder(spec, dtype), spec.bytes, spec.group_size
+    size = dtype.itemsize
 
-    @cuda.jit(device=True)
-    def converted(value):
-        return value if convert is None else convert(value)
-
-    @cuda.jit(device=True)
-    def grid_of(weight, tile, unit, row, group, stats_tiles):
-        block = tile // stats_tiles
-        scale = statistic(weight, tile, unit, row, group, block, 0)
-        return scale, statistic(weight, tile, unit, row, group, block, 1)
-
-    @cuda.jit(device=True)
-    def add_outliers(weight, out, tile, unit, thread, stats_tiles):
-        first = unit * columns
-        run = tile * ((out.shape[1] - 1) // SEGMENT_COLUMNS + 1) + first // SEGMENT_COLUMNS
-        start, behind = LOAD_WORDS * weight.run_starts[run], LOAD_WORDS * weight.run_starts[run + 1]
-        end = 0
-        for row in range(TILE_ROWS if start < behind else 0):
-            begin, end = end, weight.runs[start + row // 2] >> row % 2 * HALF & HALF_MASK
-            for at in range(begin + thread, end, THREADS):
-                entry = weight.runs[start + HEADER_WORDS + at]
-                column = (entry & HALF_MASK) - first % SEGMENT_COLUMNS
-                if 0 <= column < columns:
-                    group, k = column // group_size, column % group_size
-                    scale, zero = grid_of(weight, tile, unit, row, group, stats_tiles)
-                    code = np.float32(code_at(weight.code_words, tile, unit, row, group, k))
-                    value = half_to_float(np.uint16(entry >> HALF & HALF_MASK))
-                    total = weight_of(code, scale, zero) + value
-                    out[tile * TILE_ROWS + row, first + column] = converted(total)
-
-    @cuda.jit
-    def kernel(weight, out, stats_tiles):
-        decoded = cuda.shared.array((TILE_ROWS, columns), number)
-        unit, tile, thread = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
-        for at in range(thread, TILE_ROWS * groups, THREADS):
-            row, group = at // groups, at % groups
-            scale, zero = grid_of(weight, tile, unit, row, group, stats_tiles)
-            for k in range(group_size):
-                code = np.float32(code_at(weight.code_words, tile, unit, row, group, k))
-                decoded[row, group * group_size + k] = converted(weight_of(code, scale, zero))
-        cuda.syncthreads()
-        first, rows, width = unit * columns, out.shape[0], out.shape[1]
-        for at in range(thread, TILE_ROWS * columns, THREADS):
-            row, column = tile * TILE_ROWS + at // columns, first + at % columns
-            if row < rows and column < width:
-                out[row, column] = decoded[at // columns, at % columns]
-        cuda.syncthreads()
-        if weight.runs.shape[0]:
-            add_outliers(weight, out, tile, unit, thread, stats_tiles)
+    @cuda.jit(launch_bounds=(WARPS * LANES, BLOCKS_PER_SM))
+    def kernel(weight, out, width):
+        zero = shared_address(cuda.shared.array(0, np.uint16))
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        index = int32(cuda.blockIdx.x * WARPS + warp)
+        tile = divide(index, weight.units)
+        unit, at = int32(index - tile * weight.units), int32(zero + warp * unit_bytes)
+        if tile < weight.tiles:
+            fill_unit(weight, tile, unit, at, lane)
+            end_of_copies()
+            wait()
+            cuda.syncwarp()
+            row, group = (
+                int32(tile * TILE_ROWS + (lane >> 2)),
+                int32(unit * UNIT_GROUPS + (lane & 3)),
+            )
+            place = out + size * (np.int64(row) * width + group * group_size)
+            below = np.int64(8 * size) * width
+            rows, groups = int32(weight.rows - row), int32(divide(width, group_size) - group)
+            write_unit(at, lane, place, below, rows, groups)
+            cuda.syncwarp()
+            if weight.runs:
+                add_outliers(weight, out, width, tile, unit, at, lane)
 
     return kernel
 
 
-def statistic_function(bits: int) -> Any:
-    """statistic(weight, tile, unit, row, group, block, which) -> scale (which 0) or zero (1)."""
-    field = field_function(bits)
+# --- Outliers
 
-    @cuda.jit(device=True)
-    def statistic(weight, tile, unit, row, group, block, which):
-        octet, in_octet = group // OCTET, group % OCTET
-        lane = row % 8 * 4 + in_octet // 2
-        pair = octet * 4 + row // 8 * 2 + which
-        words = weight.stat_words[tile, unit]
-        code = field(words, lane, pair, in_octet % 2)
-        numbers = weight.second_level[block, unit * 4 + octet, in_octet // 2]
-        step = half_to_float(numbers[2 * which, in_octet % 2])
-        base = half_to_float(numbers[2 * which + 1, in_octet % 2])
+
+def outlier_adder(spec: UnitSpec, dtype: torch.dtype) -> Any:
+    """add_outliers(weight, out, width, tile, unit, at, lane): the unit's, each from float32."""
+    columns, group_size, size = spec.columns, spec.group_size, dtype.itemsize
+    segment_units = SEGMENT_COLUMNS // columns
+    number_at = number_function(spec)
+    convert = {torch.float16: float_to_half, torch.bfloat16: float_to_bfloat}.get(dtype)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(place, total):
+        if convert is None:
+            store_float(place, total)
+        else:
+            store_uint16(place, convert(total))
+
+    @cuda.jit(device=True, forceinline=True)
+    def row_of(run, k):
+        row = int32(0)
+        for word in range(HEADER_WORDS):
+            ends = load_int32(run + WORD_BYTES * word)
+            row = int32(row + (1 if ends & HALF_MASK <= k else 0))
+            row = int32(row + (1 if ends >> HALF & HALF_MASK <= k else 0))
+        return row
+
+    @cuda.jit(device=True, forceinline=True)
+    def add_outliers(weight, out, width, tile, unit, at, lane):
+        segment = divide(unit, segment_units)
+        first = int32((unit - segment * segment_units) * columns)
+        start, loads = run_of(weight, tile, segment)
+        run, k = weight.runs + np.int64(start) * LOAD_BYTES, lane
+        count = int32(0)
+        if loads:
+            count = int32(load_int32(run + WORD_BYTES * (HEADER_WORDS - 1)) >> HALF & HALF_MASK)
+        while k < count:
+            entry = load_int32(run + WORD_BYTES * np.int64(HEADER_WORDS + k))
+            column = int32((entry & HALF_MASK) - first)
+            if 0 <= column < columns:
+                row, group = row_of(run, k), divide(column, group_size)
+                value = half_to_float(np.uint16(entry >> HALF & HALF_MASK))
+                total = number_at(at, row, group, int32(column - group * group_size)) + value
+                in_row = np.int64(unit) * columns + column
+                place = (np.int64(tile) * TILE_ROWS + row) * width + in_row
+                put(out + size * place, total)
+            k = int32(k + LANES)
+
+    return add_outliers
+
+
+def number_function(spec: UnitSpec) -> Any:
+    """number_at(at, row, group, k): the weight of column k of a group of the unit at `at`."""
+    code_bytes = spec.blocks * spec.block_bytes
+    pairs, octets, quarter_columns = spec.pairs, spec.octets, spec.group_size // QUARTERS
+    block_bytes, record_bytes = spec.block_bytes, spec.record_bytes
+    code_field = field_function(spec.bits, LANES * LOAD_BYTES)
+    stat_field = field_function(spec.stat_bits, LANES * WORD_BYTES)
+
+    @cuda.jit(device=True, forceinline=True)
+    def statistic(at, row, group, which):
+        octet, in_octet = int32(group >> 3), int32(group & (OCTET - 1))
+        lane = int32((row & 7) * 4 + (in_octet >> 1))
+        words = int32(at + code_bytes + lane * WORD_BYTES)
+        code = stat_field(words, int32(octet * 4 + (row >> 3) * 2 + which), int32(in_octet & 1))
+        second = int32(at + record_bytes + (octet * 4 + (in_octet >> 1)) * LOAD_BYTES)
+        second = int32(second + which * (2 * WORD_BYTES) + (in_octet & 1) * 2)
+        step = half_to_float(shared_uint16(second))
+        base = half_to_float(shared_uint16(int32(second + WORD_BYTES)))
         return decoded_statistic(np.float32(code), step, base)
 
-    return statistic
+    @cuda.jit(device=True, forceinline=True)
+    def number_at(at, row, group, k):
+        octet, in_octet = int32(group >> 3), int32(group & (OCTET - 1))
+        block = divide(octet, octets)
+        octet = int32(octet - block * octets)
+        lane = int32((row & 7) * 4 + (in_octet & 3))
+        quarter = divide(k, quarter_columns)
+        k = int32(k - quarter * quarter_columns)
+        words = int32(at + block * block_bytes + lane * LOAD_BYTES + quarter * WORD_BYTES)
+        pair = int32((octet * pairs + (k >> 1)) * 4 + (in_octet >> 2) * 2 + (row >> 3))
+        code = np.float32(code_field(words, pair, int32(k & 1)))
+        return weight_of(code, statistic(at, row, group, 0), statistic(at, row, group, 1))
+
+    return number_at
 
 
-def code_function(bits: int, group_size: int) -> Any:
-    """code_at(code_words, tile, unit, row, group, k): of column k of a group of the unit."""
-    field = field_function(bits)
-    spec = MatrixSpec(1, group_size, bits, group_size, TILE_ROWS, bits, bits)
-    octets, per_quarter = octets_and_pairs(spec)
-    in_quarter = group_size // QUARTERS
-
-    @cuda.jit(device=True)
-    def code_at(code_words, tile, unit, row, group, k):
-        octet, in_octet = group // OCTET, group % OCTET
-        block, octet = octet // octets, octet % octets
-        lane = row % 8 * 4 + in_octet % 4
-        quarter, k = k // in_quarter, k % in_quarter
-        pair = (octet * per_quarter + k // 2) * 4 + in_octet // 4 * 2 + row // 8
-        return field(code_words[tile, unit, block, :, :, quarter], lane, pair, k % 2)
-
-    return code_at
-
-
-def field_function(bits: int) -> Any:
-    """field(words, lane, pair, half) -> the code in a half of a lane's pair; words [bits, 32]."""
+def field_function(bits: int, step: int) -> Any:
+    """field(words, pair, half) -> the code in a half of a pair, of words `step` bytes apart."""
     places = [pair_places(bits, pair) for pair in range(PAIRS)]
     whole = [place[0] if len(place) == 1 else (0, 0, 0, 0) for place in places]
-    word_of = np.array([place[0] for place in whole], np.int32)
-    shift_of = np.array([place[1] for place in whole], np.int32)
+    word_of = [table([place[0] for place in whole[half : half + 8]]) for half in (0, 8)]
+    shift_of = [table([place[1] for place in whole[half : half + 8]]) for half in (0, 8)]
+    (low_word, high_word), (low_shift, high_shift) = word_of, shift_of
     [spread] = [pair for pair in range(PAIRS) if len(places[pair]) > 1] or [-1]
     max_code, top = (1 << bits) - 1, HALF - 1
 
-    @cuda.jit(device=True)
-    def field(words, lane, pair, half):
+    @cuda.jit(device=True, forceinline=True)
+    def entry(low, high, pair):
+        return int32((high if pair & 8 else low) >> NIBBLE * (pair & 7) & 15)
+
+    @cuda.jit(device=True, forceinline=True)
+    def field(words, pair, half):
         if pair == spread:
-            code = 0
+            code = int32(0)
             for word in range(bits):
-                code |= (words[word, lane] >> top + HALF * half & 1) << word
+                bit = shared_int32(int32(words + word * step)) >> top + HALF * half & 1
+                code = int32(code | bit << word)
             return code
-        word, shift = cuda.const.array_like(word_of)[pair], cuda.const.array_like(shift_of)[pair]
-        return words[word, lane] >> shift + HALF * half & max_code
+        word, shift = entry(low_word, high_word, pair), entry(low_shift, high_shift, pair)
+        return int32(shared_int32(int32(words + word * step)) >> shift + HALF * half & max_code)
 
     return field
+
+
+def table(entries: list[int]) -> np.int64:
+    """Eight numbers below 16 as one."""
+    return np.int64(sum(entry << NIBBLE * i for i, entry in enumerate(entries)))

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Ptx", "emit", "f32", "i32", "targets_gpu"]
+__all__ = ["Ptx", "emit", "f32", "i32", "i64", "targets_gpu"]
 
 WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
@@ -21,6 +21,11 @@ WORD, FLOAT = ir.IntType(32), ir.FloatType()
 def i32(value: int) -> ir.Constant:
     """A word."""
     return ir.Constant(WORD, value)
+
+
+def i64(value: int) -> ir.Constant:
+    """An address, or a distance between two."""
+    return ir.Constant(ir.IntType(64), value)
 
 
 def f32(value: float) -> ir.Constant:
@@ -96,6 +101,28 @@ class Ptx:
         """The word that a lane of the own four has."""
         text = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff"
         return self.emit(text, "=r,r", [WORD], [word], ordered=True)
+
+    def of_quad_lane(self, word: ir.Value, lane: ir.Value) -> ir.Value:
+        """`of_quad`, of a lane that each lane chooses."""
+        text = "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff"
+        return self.emit(text, "=r,r,r", [WORD], [word, lane], ordered=True)
+
+    def word_of(self, value: ir.Value) -> ir.Value:
+        """The bits of a float32."""
+        return self.builder.bitcast(value, WORD)
+
+    def rounded_pair(self, low: ir.Value, high: ir.Value, kind: str) -> ir.Value:
+        """Two float32 rounded to "f16" or "bf16", in a word."""
+        return self.emit(f"cvt.rn.{kind}x2.f32 $0, $1, $2", "=r,f,f", [WORD], [high, low])
+
+    def store_global_where(self, there: ir.Value, address: ir.Value, words: list) -> None:
+        """Four words to an i64 address that 16 divides, where a bit is set."""
+        text = (
+            "{ .reg .pred there; setp.ne.b32 there, $0, 0;"
+            " @there st.global.v4.b32 [$1], {$2, $3, $4, $5}; }"
+        )
+        condition = self.builder.zext(there, WORD)
+        self.emit(text, "r,l,r,r,r,r", [], [condition, address, *words], ordered=True)
 
     def masked_or(self, word: ir.Value, mask: int, other: ir.Value) -> ir.Value:
         """word & mask | other, in one instruction."""

@@ -41,22 +41,22 @@ here = threading.local()  # the running thread: its block, warp, lane and copies
 
 
 @contextmanager
-def emulated(arrival: str) -> Iterator[ModuleType]:
-    """matmul_cuda, imported anew for this GPU; `arrival` of copies is "early" or "late"."""
+def emulated(arrival: str, room: str = "matmul_cuda") -> Iterator[ModuleType]:
+    """A room, imported anew for this GPU; `arrival` of copies is "early" or "late"."""
     with pytest.MonkeyPatch.context() as patch:
-        for room, replaced in replacements(late=arrival == "late").items():
-            module = importlib.import_module(PACKAGE + room)
+        for other, replaced in replacements(late=arrival == "late").items():
+            module = importlib.import_module(PACKAGE + other)
             for name, value in replaced.items():
                 patch.setattr(module, name, value)
         properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9)
         patch.setattr("torch.cuda.get_device_properties", lambda device: properties)
         stream = SimpleNamespace(cuda_stream=0)
         patch.setattr("torch.cuda.current_stream", lambda device: stream)
-        for room in KERNELS:
-            patch.delitem(sys.modules, PACKAGE + room, raising=False)
-        yield importlib.import_module(PACKAGE + KERNELS[-1])
-        for room in KERNELS:
-            del sys.modules[PACKAGE + room]
+        for other in KERNELS:
+            patch.delitem(sys.modules, PACKAGE + other, raising=False)
+        yield importlib.import_module(PACKAGE + room)
+        for other in KERNELS:
+            sys.modules.pop(PACKAGE + other, None)
 
 
 def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
@@ -64,7 +64,8 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
     nothing = dict.fromkeys(
         ("prefetch", "wait_for_dependencies", "let_dependents_start"), lambda *_: None
     )
-    constants = {"i32": lambda value: WORD(value & 0xFFFFFFFF), "f32": FLOAT}
+    constants = {"i32": lambda value: WORD(value & 0xFFFFFFFF), "i64": np.int64, "f32": FLOAT}
+    words_and_floats = {name: constants[name] for name in ("i32", "f32")}
     return {
         "launch": {
             "numba_cuda": lambda: Cuda,
@@ -97,21 +98,24 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "float_to_half": lambda value: HALF(value).view(np.uint16),
             "bfloat_to_float": lambda bits: WORD(int(bits) << 16).view(FLOAT),
             "float_to_bfloat": float_to_bfloat,
+            "decoded_statistic": decoded_statistic,
+            "weight_of": lambda code, scale, zero: FLOAT(scale * FLOAT(code - zero)),
             "power_of_two": lambda exponent: FLOAT(2.0 ** int(exponent)),
         },
-        "unit_cuda": constants
+        "unit_cuda": words_and_floats
         | {
             "unit_multiplier": unit_multiplier,
             "group_summer": group_summer,
             "add_to_shared": add_to_shared,
         },
-        "outlier_cuda": constants
+        "outlier_cuda": words_and_floats
         | {
             "add_entry": add_entry,
             "entries_adder": entries_adder,
             "pairs_adder": pairs_adder,
         },
-        "unit_several_cuda": constants,
+        "unit_numbers_cuda": constants | {"unit_writer": unit_writer},
+        "unit_several_cuda": words_and_floats,
         "codes_cuda": {"i32": constants["i32"]},
     }
 
@@ -319,6 +323,11 @@ def float_to_bfloat(value: Any) -> Any:
     return np.uint16(bits + 0x7FFF + (bits >> 16 & 1) >> 16)
 
 
+def decoded_statistic(code: Any, step: Any, base: Any) -> Any:
+    """scalars.decoded_statistic."""
+    return FLOAT(HALF(FLOAT(np.float64(code) * step + base)))
+
+
 # --- Instructions, on arrays of 32 lanes
 
 
@@ -331,6 +340,21 @@ def unit_multiplier(spec: Any, kind: Any) -> Callable[..., Any]:
             unit = kind(Instructions(memory), spec, *places.astype(WORD))
             grown = unit.add_to(list(totals.astype(FLOAT)))
         return list(zip(*grown, strict=True))
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
+
+
+def unit_writer(spec: Any, dtype: Any) -> Callable[..., None]:
+    """unit_numbers_cuda.unit_writer."""
+    from spqr_numba.kernels.unit_numbers_cuda import UnitOfNumbers
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[None]:
+        unit, lane, out, below, rows, groups = (np.array(part) for part in zip(*given, strict=True))
+        words = (part.astype(WORD) for part in (unit, lane))
+        counts = (part.astype(WORD) for part in (rows, groups))
+        with np.errstate(all="ignore"):
+            UnitOfNumbers(Instructions(memory), spec, dtype, *words, out, below, *counts).write()
+        return [None] * LANES
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 
@@ -397,7 +421,7 @@ class Instructions:
     def __init__(self, memory: np.ndarray) -> None:
         self.memory, self.builder = memory, self
 
-    add = staticmethod(lambda a, b: (a + b).astype(WORD))
+    add = staticmethod(lambda a, b: a + b if a.dtype == np.int64 else (a + b).astype(WORD))
     mul = staticmethod(lambda a, b: (a * b).astype(WORD))
     and_ = staticmethod(lambda a, b: a & b)
     lshr = staticmethod(lambda a, b: a >> b)
@@ -406,9 +430,12 @@ class Instructions:
     fmul = staticmethod(lambda a, b: FLOAT(a * b))
     fma = staticmethod(lambda a, b, c: (np.multiply(a, b, dtype=np.float64) + c).astype(FLOAT))
 
-    icmp_signed = staticmethod(
-        lambda sign, a, b: {"<": a.astype(np.int32) < b.astype(np.int32)}[sign]
-    )
+    @staticmethod
+    def icmp_signed(sign: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a < b or a > b."""
+        a, b = a.astype(np.int32), b.astype(np.int32)
+        return {"<": a < b, ">": a > b}[sign]
+
     select = staticmethod(np.where)
 
     def shared(self, address: np.ndarray, count: int, dtype: Any) -> list[np.ndarray]:
@@ -439,6 +466,31 @@ class Instructions:
     def of_quad(self, word: np.ndarray, lane: int) -> np.ndarray:
         """The word of a lane of each four."""
         return word.reshape(-1, 4)[:, lane].repeat(4)
+
+    def of_quad_lane(self, word: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        """The word of a lane of the own four."""
+        return word[np.arange(LANES) // 4 * 4 + lane.astype(np.int64)]
+
+    def word_of(self, value: np.ndarray) -> np.ndarray:
+        """The bits."""
+        return np.ascontiguousarray(value).view(WORD)
+
+    def rounded_pair(self, low: np.ndarray, high: np.ndarray, kind: str) -> np.ndarray:
+        """Two numbers, rounded, in a word."""
+        if kind == "f16":
+            rounded = [HALF(part).view(np.uint16).astype(WORD) for part in (low, high)]
+        else:
+            rounded = [
+                np.array([float_to_bfloat(value) for value in part], WORD) for part in (low, high)
+            ]
+        return rounded[0] | rounded[1] << WORD(16)
+
+    def store_global_where(self, there: np.ndarray, address: np.ndarray, words: list) -> None:
+        """Four words from each lane for which `there` holds."""
+        for lane in there.nonzero()[0]:
+            assert address[lane] % LOAD_BYTES == 0
+            for i, word in enumerate(words):
+                write(ctypes.c_uint32, int, address[lane] + 4 * i, word[lane])
 
     def masked_or(self, word: np.ndarray, mask: int, other: np.ndarray) -> np.ndarray:
         """word & mask | other."""

@@ -7,8 +7,6 @@ test_matmul.py has matrices that stay canonical.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.matmul import ROUNDED_FROM, matmul, multiply_prepared
 from spqr_numba.kernels.prepared import prepare
 
-from ..gpu import each_capability, needs_numba_cuda, ptx_of
+from ..gpu import assert_no_spills, each_capability, needs_numba_cuda, ptx_of
 from ..problems import make_spec
 from .emulator import emulated
 from .test_matmul import assert_right, make_x
@@ -225,16 +223,3 @@ def test_ptx_of_staging(capability: tuple[int, int], tmp_path: Path) -> None:
     assert_no_spills(
         ptx_of(kernel, STAGING, capability, launch_bounds=bounds), capability, tmp_path
     )
-
-
-def assert_no_spills(ptx: str, capability: tuple[int, int], folder: Path) -> None:
-    """By the assembler's own account, where there is one; an older one knows these instructions."""
-    assembler = shutil.which("ptxas")
-    if assembler is None:
-        return
-    source = folder / "kernel.ptx"
-    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.6", ptx))
-    target = f"sm_{capability[0]}{capability[1]}"
-    command = [assembler, "-v", f"-arch={target}", str(source), "-o", str(folder / "kernel.cubin")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr

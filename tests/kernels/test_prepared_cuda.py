@@ -1,9 +1,11 @@
-"""A prepared weight back to numbers on a GPU: its PTX, its bits in Numba's simulator and on a GPU.
+"""A prepared weight back to numbers on a GPU: its PTX, and its bits, emulated and on a GPU.
 
-PTX and simulator need the package numba-cuda, and no GPU.
+PTX needs the package numba-cuda, and no GPU; emulator.py needs neither.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize_reference, stored_order
 from spqr_numba.kernels.prepared import prepare
 
-from ..gpu import each_capability, needs_numba_cuda, ptx_of, run_in_simulator
+from ..gpu import assert_no_spills, each_capability, needs_numba_cuda, ptx_of
 from ..problems import make_spec
+from .emulator import emulated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES: dict[str, tuple[int, int, dict[str, int]]] = {
@@ -36,37 +39,24 @@ def expected(matrix: SpqrMatrix, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(stored.copy()).to(dtype)
 
 
-def simulate(matrix: SpqrMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """By the kernel in the simulator; only where NUMBA_ENABLE_CUDASIM=1."""
-    from numba import njit
-
-    from spqr_numba.kernels import prepared_cuda, scalars
-
-    prepared_cuda.THREADS = 64  # each is a thread of the operating system
-    prepared_cuda.array_of = lambda tensor: tensor.numpy()
-    prepared_cuda.stream_of = lambda device: 0
-    prepared_cuda.half_to_float = njit(lambda bits: scalars.half_to_float(bits))
-    prepared_cuda.float_to_half = njit(lambda value: scalars.float_to_half(value))
-    prepared_cuda.float_to_bfloat = njit(lambda value: scalars.float_to_bfloat(value))
-    return prepared_cuda.dequantize_stored(prepare(matrix), dtype)
-
-
-def assert_same_bits(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("arrival", ["early", "late"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("3 bit", torch.float32),
+        ("3 bit", torch.float16),
+        ("4 bit", torch.bfloat16),
+        ("2 bit", torch.float16),
+        ("group 8, stats 64", torch.float16),
+        ("group 8, stats 64", torch.float32),
+    ],
+    ids=str,
+)
+def test_emulated(name: str, dtype: torch.dtype, arrival: str) -> None:
     matrix = build(name)
-    assert torch.equal(simulate(matrix, dtype), expected(matrix, dtype)), name
-
-
-@needs_numba_cuda
-@pytest.mark.slow
-def test_same_bits_in_the_simulator() -> None:
-    script = (
-        f"from {__name__} import *\n"
-        "assert_same_bits('3 bit', torch.float32)\n"
-        "assert_same_bits('4 bit', torch.bfloat16)\n"
-        "assert_same_bits('2 bit', torch.float16)\n"
-        "assert_same_bits('group 8, stats 64', torch.float32)\n"
-    )
-    run_in_simulator(script)
+    with emulated(arrival, "prepared_cuda") as prepared_cuda:
+        decoded = prepared_cuda.dequantize_stored(prepare(matrix), dtype)
+    assert torch.equal(decoded, expected(matrix, dtype))
 
 
 @pytest.mark.gpu
@@ -83,24 +73,13 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 @needs_numba_cuda
 @each_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ptx(dtype: torch.dtype, capability: tuple[int, int]) -> None:
-    """No float64, and nothing in local memory."""
-    from numba import types
+def test_ptx(dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path) -> None:
+    """16 bytes at a time; no float64, nothing in local memory, no spills."""
+    from spqr_numba.kernels.prepared_cuda import SIGNATURE, dequantize_kernel
+    from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    from spqr_numba.kernels.prepared_cuda import Views, dequantize_kernel
-
-    kernel = dequantize_kernel.__wrapped__(3, 3, 16, dtype)
-    arrays = [
-        types.Array(number, dimensions, "A" if dimensions in (4, 6) else "C")
-        for number, dimensions in (
-            (types.int32, 6),
-            (types.int32, 4),
-            (types.uint16, 5),
-            (types.int32, 1),
-            (types.int32, 1),
-        )
-    ]
-    written = types.float32 if dtype == torch.float32 else types.uint16
-    out = types.Array(written, 2, "C")
-    signature = types.NamedTuple(arrays, Views), out, types.int64
-    ptx_of(kernel, signature, capability)
+    kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, 16), dtype)
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
+    assert "st.global.v4.b32" in ptx
+    assert_no_spills(ptx, capability, tmp_path)
