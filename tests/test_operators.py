@@ -173,8 +173,9 @@ def test_a_cuda_graph_replays_it_on_any_stream(batch: int) -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     layer = make_layer(device, torch.float16)
     x = make_input(device, torch.float16, batch)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.inference_mode(), torch.cuda.stream(stream):
         layer(x)
         with torch.cuda.graph(graph):
             y = layer(x)
