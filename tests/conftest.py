@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numba
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is not None:
         share = max(1, (os.cpu_count() or 1) // worker["workercount"])
         torch.set_num_threads(share)
+        numba.set_num_threads(min(share, numba.config.NUMBA_NUM_THREADS))
         os.environ |= {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive"}
 
 

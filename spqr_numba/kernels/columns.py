@@ -31,14 +31,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec
 from .bilevel import quantize_statistics
 from .fit import fit_group
 from .joint import fit_jointly
 from .launch import array_of, compiled
-from .parallel import share_out
 from .scalars import code_of, float_to_half, product, round_through_half, round_to_even, weight_of
 
 __all__ = ["ColumnLoop", "block_columns", "column_walk", "describe_walk"]
@@ -185,8 +184,7 @@ def column_walk(
     arrays = loop.arrays()
 
     def walk(start: int, stop: int) -> None:
-        block = diagonal_block(upper, start, stop).numpy()
-        share_out(walk_tiles, tiles(spec), arrays, block, start, settings)
+        walk_tiles(arrays, diagonal_block(upper, start, stop).numpy(), start, settings)
 
     return walk
 
@@ -198,10 +196,10 @@ def diagonal_block(upper: torch.Tensor | None, start: int, stop: int) -> torch.T
     return upper[start:stop, start:stop].contiguous()
 
 
-@compiled(nogil=True)
-def walk_tiles(loop, upper, start, settings, first, last):
-    """The CPU twin: tiles first ... last - 1."""
-    for tile in range(first, last):
+@compiled(parallel=True)
+def walk_tiles(loop, upper, start, settings):
+    """The CPU twin."""
+    for tile in prange(loop.sums.shape[0]):
         walk_tile(loop, upper, start, tile * settings.tile_rows, settings, loop.sums[tile])
 
 

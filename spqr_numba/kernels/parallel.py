@@ -13,11 +13,8 @@ unboxing, as arrays do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,7 @@ from numba.extending import intrinsic, models, register_model
 
 from .launch import cache_folder, compiled
 
-__all__ = ["Fields", "Packed", "Struct", "share_out", "tasks_for"]
+__all__ = ["Fields", "Packed", "Struct", "tasks_for"]
 
 I64 = ir.IntType(64)
 TASK_WEIGHTS = 1 << 16  # about as many as a thread works off in the time it takes to start
@@ -165,26 +162,6 @@ def run_parallel(kernel, tasks, matrix, a, b, c):
 def run_alone(kernel, matrix, a, b, c):
     """All the work as one task, on this thread."""
     call(kernel, 0, 1, matrix, a, b, c)
-
-
-def share_out(function: Callable, tasks: int, *arguments: Any) -> None:
-    """function(*arguments, first, last) over `tasks` tasks, on as many threads as torch has.
-
-    For long tasks and compiled functions of arrays that let go of the GIL. Compiling a loop of
-    Numba's own around them would take as long again as they do.
-    """
-    threads = min(torch.get_num_threads(), tasks)
-    ends = [tasks * (thread + 1) // threads for thread in range(threads)]
-    others = [thread_pool().submit(function, *arguments, *part) for part in pairwise(ends)]
-    function(*arguments, 0, ends[0])
-    for other in others:
-        other.result()
-
-
-@cache
-def thread_pool() -> ThreadPoolExecutor:
-    """Threads beside the one that shares out; each is started when it is first needed."""
-    return ThreadPoolExecutor(os.cpu_count())
 
 
 def tasks_for(weights: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,13 @@ from .test_matmul import assert_right, make_x
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """As many tasks, however small the work."""
-    before = torch.get_num_threads()
+    before, numbas = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(request.param)
+    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
     monkeypatch.setattr(parallel, "TASK_WEIGHTS", 1)
     yield request.param
     torch.set_num_threads(before)
+    numba.set_num_threads(numbas)
 
 
 @pytest.mark.parametrize("name", ["paper", "ragged", "one row"])
@@ -46,7 +49,7 @@ def test_columns_on_any_number_of_threads(threads: int) -> None:
     problem, config = make_problem(200, 32), SpqrConfig()
     factor = factorize(problem.hessian, config)
     quantized = quantize_weight(problem.weight, factor, config)
-    torch.set_num_threads(1)
+    numba.set_num_threads(1)
     assert torch.equal(quantize_weight(problem.weight, factor, config).weight, quantized.weight)
 
 
