@@ -30,6 +30,7 @@ KERNELS = (
     "staging_cuda",
     "run_cuda",
     "product_cuda",
+    "prepared_cuda",
     "matmul_cuda",
 )  # that `jit` sees
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
