@@ -156,11 +156,12 @@ def excess(point: SweepPoint, dense: SweepPoint) -> dict[str, float]:
 
 
 def summaries(points: Iterable[SweepPoint], text: str) -> list[SettingSummary]:
-    """Every setting among `points` on one text, in their order."""
-    seeds: dict[str, list[SweepPoint]] = {}
+    """Every setting among `points` on one text, in their order: all seeds of what was set alike."""
+    seeds: dict[tuple[str, int], list[SweepPoint]] = {}
     for point in points:
-        seeds.setdefault(point.name, []).append(point)
-    return [_summarize(name, group, text) for name, group in seeds.items()]
+        setting = json.dumps(point.config, sort_keys=True), point.tune
+        seeds.setdefault(setting, []).append(point)
+    return [_summarize(group[0].name, group, text) for group in seeds.values()]
 
 
 def frontier(settings: Iterable[SettingSummary]) -> list[SettingSummary]:

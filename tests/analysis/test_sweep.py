@@ -270,7 +270,7 @@ def test_on_a_gpu(
 
 def point(name: str, bits: float, *perplexities: float) -> list[SweepPoint]:
     return [
-        SweepPoint(name, seed, 0, {}, bits, 0.0, 0.0, {"a": perplexity})
+        SweepPoint(name, seed, 0, {"of": name, "bits": bits}, bits, 0.0, 0.0, {"a": perplexity})
         for seed, perplexity in enumerate(perplexities)
     ]
 
@@ -283,3 +283,10 @@ def test_seeds_are_summarized_and_the_frontier_is_what_none_beats() -> None:
     assert (first.perplexity, first.low, first.high) == (pytest.approx(4), 2, 8)
     assert [setting.name for setting in frontier(settings)] == ["small, bits 2", "paper"]
     assert frontier([replace(first, bits=9), first]) == [first]
+
+
+def test_settings_of_one_name_are_not_seeds_of_each_other() -> None:
+    """A preset that has changed since a sweep began, say; or more steps of tuning."""
+    before, now = point("balanced", 4, 8), point("balanced", 3.9, 7)
+    tuned = [replace(now[0], tune=50)]
+    assert len(summaries([*before, *now, *tuned], "a")) == 3
