@@ -30,11 +30,11 @@ SWEEP = [
     SweepPoint(name, seed, 0, config, bits, 0.0, 0.0, {"a": perplexity, "b": perplexity})
     for name, seed, config, bits, perplexity in [
         ("fp16", None, None, 16.0, 10.0),
-        ("balanced", 0, {}, 3.9, 11.0),
-        ("balanced", 1, {}, 3.9, 11.5),
-        ("paper", 0, {}, 4.2, 12.0),
-        ("small", 0, {}, 3.3, 13.0),
-        ("RTN 3 bit", None, {}, 3.0, 24714.0),
+        ("balanced", 0, {"of": "balanced"}, 3.9, 11.0),
+        ("balanced", 1, {"of": "balanced"}, 3.9, 11.5),
+        ("paper", 0, {"of": "paper"}, 4.2, 12.0),
+        ("small", 0, {"of": "small"}, 3.3, 13.0),
+        ("RTN 3 bit", None, {"of": "RTN"}, 3.0, 24714.0),
     ]
 ]
 VOID = {"meta", "link", "img", "rect", "wbr"}
