@@ -45,8 +45,7 @@ from .ptx import (
 )
 from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
-from .staging_cuda import WEIGHT
-from .stream_cuda import addresses, run_of, unit_filler
+from .stream_cuda import WEIGHT, addresses, run_of, unit_filler
 from .unit_cuda import LOAD_BYTES, UnitSpec
 from .unit_numbers_cuda import unit_writer
 

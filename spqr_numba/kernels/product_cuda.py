@@ -51,8 +51,17 @@ from .ptx import (
 from .run_cuda import run_multiplier
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
-from .staging_cuda import WEIGHT, ZERO_HALVES, padding_function, staging_function
-from .stream_cuda import KernelSpec, Plan, filler, first_item_of, following, run_of, work_function
+from .staging_cuda import ZERO_HALVES, padding_function, staging_function
+from .stream_cuda import (
+    WEIGHT,
+    KernelSpec,
+    Plan,
+    filler,
+    first_item_of,
+    following,
+    run_of,
+    work_function,
+)
 from .unit_cuda import (
     HALF_BYTES,
     LOAD_BYTES,

@@ -30,12 +30,11 @@ from .ptx import (
     wait_for_dependencies,
 )
 from .scalars import bfloat_to_float, float_to_half, power_of_two
-from .stream_cuda import KernelSpec, Weight
+from .stream_cuda import WEIGHT, KernelSpec
 from .unit_cuda import HALF_BYTES, group_summer
 
 __all__ = [
     "STAGING",
-    "WEIGHT",
     "ZERO_HALVES",
     "padding_function",
     "staging_function",
@@ -51,7 +50,6 @@ LARGEST_EXPONENT = 14  # of the staged x of a bf16 input
 MOST_EXPONENT = 100
 int32: Any = np.int32
 
-WEIGHT = types.NamedTuple([types.int64] * 5 + [types.int32] * 6, Weight)
 STAGING = (
     WEIGHT,
     types.int64,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import types
 
 from .launch import numba_cuda
 from .prepared import LANES, PreparedMatrix
@@ -26,6 +27,7 @@ from .unit_cuda import LOAD_BYTES, UnitSpec
 
 __all__ = [
     "BUFFERS",
+    "WEIGHT",
     "Item",
     "KernelSpec",
     "Plan",
@@ -86,6 +88,8 @@ class Weight(NamedTuple):
 
 
 BUFFERS = Weight._fields[:5]
+WEIGHT = types.NamedTuple([types.int64] * 5 + [types.int32] * 6, Weight)
+"""Numba's type of a Weight."""
 
 
 class Plan(NamedTuple):
