@@ -7,6 +7,7 @@ cache is named after a digest of every source that kernels are made of.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -165,17 +166,16 @@ class Launcher:
         self,
         kernel: Any,
         signature: tuple[Any, ...],
-        argument_types: tuple[Any, ...],
         device: torch.device,
         *,
         threads: int,
         shared_bytes: int,
         early: bool,
     ) -> None:
-        """signature: Numba's; argument_types: the same in ctypes, one for each number."""
+        """signature: Numba's, of int32, int64 and named tuples of them."""
         from cuda.bindings import driver
 
-        self._driver, self._types = driver, argument_types
+        self._driver, self._types = driver, argument_types(signature)
         with torch.cuda.device(device):
             compiled = kernel.compile(signature)
             loaded = driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle))
@@ -200,6 +200,12 @@ class Launcher:
         self._config.hStream = stream
         values = arguments, self._types
         _result(self._driver.cuLaunchKernelEx(self._config, self._function, values, 0))
+
+
+def argument_types(signature: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The ctypes of a kernel's numbers, those of a tuple one after the other."""
+    kinds = [kind for argument in signature for kind in getattr(argument, "types", [argument])]
+    return tuple({32: ctypes.c_int32, 64: ctypes.c_int64}[kind.bitwidth] for kind in kinds)
 
 
 def _result(answer: tuple[Any, ...]) -> Any:

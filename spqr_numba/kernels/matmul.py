@@ -76,7 +76,7 @@ from .unpack import (
 __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
-ROUNDED_FROM = 49  # on a GPU: three launches of sixteen inputs are no slower than it is
+ROUNDED_FROM = 49  # on a GPU, as a start: up to three launches of sixteen inputs come before
 GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold

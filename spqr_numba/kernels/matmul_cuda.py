@@ -5,7 +5,6 @@ product_cuda.py has the kernel; here it is planned, compiled and launched.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from numba import types
 
 from ..format.layout import ceil_div
 from .launch import Launcher, shared_memory
@@ -131,13 +129,10 @@ def staging_of(spec: KernelSpec, device: torch.device) -> Launcher:
 
 
 def compiled(kernel: Any, signature: Any, spec: KernelSpec, device: torch.device) -> Launcher:
-    """A kernel for a GPU, launched with plain numbers."""
-    of = {types.int64: ctypes.c_int64, types.int32: ctypes.c_int32}
-    flat = [kind for argument in signature for kind in getattr(argument, "types", [argument])]
+    """A kernel for a GPU, with as much shared memory as a plan may ask for."""
     return Launcher(
         kernel,
         signature,
-        tuple(of[kind] for kind in flat),
         device,
         threads=spec.threads,
         shared_bytes=shared_memory(device),

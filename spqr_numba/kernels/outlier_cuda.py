@@ -17,9 +17,7 @@ from .ptx import Ptx, f32, i32
 from .runs import HALF_MASK
 from .unit_cuda import HALF_BYTES, add_floats, packed, unpacked
 
-__all__ = ["WORD_BYTES", "add_entry", "entries_adder", "pairs_adder"]
-
-WORD_BYTES = 4
+__all__ = ["add_entry", "entries_adder", "pairs_adder"]
 
 
 @intrinsic

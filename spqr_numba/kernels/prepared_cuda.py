@@ -12,7 +12,6 @@ each is rounded once: the lanes look through the run for entries of the unit.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from typing import Any
 
@@ -46,7 +45,7 @@ from .ptx import (
 from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
 from .stream_cuda import WEIGHT, addresses, run_of, unit_filler
-from .unit_cuda import LOAD_BYTES, UnitSpec
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 from .unit_numbers_cuda import unit_writer
 
 __all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
@@ -55,7 +54,6 @@ cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
 WARPS = 8
 BLOCKS_PER_SM = 3
-WORD_BYTES = 4
 NIBBLE = 4  # bits of an entry of a table in a number
 int32: Any = np.int32
 
@@ -78,11 +76,9 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
 @cache
 def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Launcher:
     """The kernel, compiled for a GPU."""
-    numbers = [ctypes.c_int64] * 5 + [ctypes.c_int32] * 6 + [ctypes.c_int64, ctypes.c_int32]
     return Launcher(
         dequantize_kernel(unit, dtype),
         SIGNATURE,
-        tuple(numbers),
         device,
         threads=WARPS * LANES,
         shared_bytes=WARPS * unit.bytes,

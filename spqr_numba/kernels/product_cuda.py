@@ -31,7 +31,7 @@ from numba import types
 
 from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
-from .prepared import LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
+from .prepared import ALL_LANES, LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import (
     clear_shared,
     copier,
@@ -80,7 +80,6 @@ FLOAT_BYTES = 4
 FACTOR_FLOATS = 4
 SUMS_BYTES = FLOAT_BYTES * UNIT_GROUPS  # of a unit and an input
 BLOCKS_PER_SM = {1: 2, 8: 1, 16: 1}  # inputs -> whose registers fit
-ALL = 0xFFFFFFFF  # lanes
 int32: Any = np.int32
 
 SIGNATURE = (
@@ -410,9 +409,9 @@ def share_summer(spec: KernelSpec) -> Any:
                 total += shared_float(slot)
             warp, slot = int32(warp + 2), int32(slot + 2 * slot_bytes)
         if inputs == 1:
-            total += cuda.shfl_xor_sync(ALL, total, 1)
-            total += cuda.shfl_xor_sync(ALL, total, 2)
-            return total + cuda.shfl_xor_sync(ALL, total, 4)
-        return total + cuda.shfl_xor_sync(ALL, total, 1)
+            total += cuda.shfl_xor_sync(ALL_LANES, total, 1)
+            total += cuda.shfl_xor_sync(ALL_LANES, total, 2)
+            return total + cuda.shfl_xor_sync(ALL_LANES, total, 4)
+        return total + cuda.shfl_xor_sync(ALL_LANES, total, 1)
 
     return sum_shares

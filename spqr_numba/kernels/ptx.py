@@ -174,19 +174,23 @@ class Ptx:
 # --- For kernels: memory, barriers, the copy engine
 
 
+KINDS: dict[str, tuple[Any, str, Any]] = {
+    "int32": (types.int32, "r", WORD),
+    "float32": (types.float32, "f", FLOAT),
+    "uint16": (types.uint16, "h", ir.IntType(16)),
+}
+"""Name of a number -> Numba's type, the letter of its registers, LLVM's type."""
+
+
 def _loader(name: str, instruction: str, kind: str, doc: str) -> Any:
     """An intrinsic that loads a number of a kind: from an int64 address, of shared memory int32."""
-    result, constraint, llvm = {
-        "int32": (types.int32, "=r", WORD),
-        "float32": (types.float32, "=f", FLOAT),
-        "uint16": (types.uint16, "=h", ir.IntType(16)),
-    }[kind]
-    pointer, letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
+    result, letter, llvm = KINDS[kind]
+    pointer, pointer_letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, signature, arguments):
-            text, constraints = f"{instruction} $0, [$1]", f"{constraint},{letter}"
+            text, constraints = f"{instruction} $0, [$1]", f"={letter},{pointer_letter}"
             return Ptx(builder).emit(text, constraints, [llvm], arguments, ordered=True)
 
         return result(pointer), codegen
@@ -249,29 +253,20 @@ def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -
     return intrinsic(scope[name])
 
 
-store_uint16 = _effect(
-    "store_uint16",
-    "st.global.b16 [$0], $1",
-    (types.int64, types.uint16),
-    "Two bytes to an address.",
+def _storer(name: str, instruction: str, kind: str, doc: str) -> Any:
+    """An intrinsic that stores a number of a kind: to an int64 address, of shared memory int32."""
+    pointer = types.int32 if ".shared" in instruction else types.int64
+    return _effect(name, f"{instruction} [$0], $1", (pointer, KINDS[kind][0]), doc)
+
+
+store_int32 = _storer("store_int32", "st.global.b32", "int32", "int32 to an address.")
+store_float = _storer("store_float", "st.global.f32", "float32", "float32 to an address.")
+store_uint16 = _storer("store_uint16", "st.global.b16", "uint16", "uint16 to an address.")
+to_shared_float = _storer(
+    "to_shared_float", "st.shared.f32", "float32", "float32 to shared memory."
 )
-store_int32 = _effect(
-    "store_int32", "st.global.b32 [$0], $1", (types.int64, types.int32), "int32 to an address."
-)
-store_float = _effect(
-    "store_float", "st.global.f32 [$0], $1", (types.int64, types.float32), "float32 to an address."
-)
-to_shared_uint16 = _effect(
-    "to_shared_uint16",
-    "st.shared.b16 [$0], $1",
-    (types.int32, types.uint16),
-    "Two bytes to shared memory.",
-)
-to_shared_float = _effect(
-    "to_shared_float",
-    "st.shared.f32 [$0], $1",
-    (types.int32, types.float32),
-    "float32 to shared memory.",
+to_shared_uint16 = _storer(
+    "to_shared_uint16", "st.shared.b16", "uint16", "uint16 to shared memory."
 )
 clear_shared = _effect(
     "clear_shared", "st.shared.b64 [$0], 0", (types.int32,), "Eight zero bytes to shared memory."

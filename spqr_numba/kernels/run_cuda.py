@@ -13,17 +13,17 @@ import numpy as np
 
 from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
-from .outlier_cuda import WORD_BYTES, add_entry, entries_adder, pairs_adder
+from .outlier_cuda import add_entry, entries_adder, pairs_adder
+from .prepared import ALL_LANES
 from .ptx import load_int32, shared_float, shared_uint16, to_shared_float
 from .runs import HEADER_WORDS
-from .unit_cuda import HALF_BYTES, UnitSpec
+from .unit_cuda import HALF_BYTES, WORD_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
 __all__ = ["run_multiplier"]
 
 cuda = numba_cuda()
 
-ALL = 0xFFFFFFFF  # lanes
 WAIT_TOGETHER = {1: 8, 8: 2, 16: 1}  # inputs -> entries
 int32: Any = np.int32
 
@@ -78,7 +78,7 @@ def one_to_slot(spec: UnitSpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def add_to_slot(slot, row, half, totals):
-        total = totals[0] + cuda.shfl_xor_sync(ALL, totals[0], 1)
+        total = totals[0] + cuda.shfl_xor_sync(ALL_LANES, totals[0], 1)
         if half == 0:
             place = int32(slot + (row & 7) * (4 * lane_bytes) + (row >> 3) * WORD_BYTES)
             to_shared_float(place, shared_float(place) + total * np.float32(SUBNORMAL_UNIT))

@@ -17,7 +17,7 @@ import torch
 from numba import types
 
 from .launch import numba_cuda
-from .prepared import LANES, UNIT_GROUPS
+from .prepared import ALL_LANES, LANES, UNIT_GROUPS
 from .ptx import (
     let_dependents_start,
     load_uint16,
@@ -44,7 +44,6 @@ __all__ = [
 cuda = numba_cuda()
 
 ZERO_HALVES = 16  # before x': what lanes read that multiply nothing
-ALL = 0xFFFFFFFF  # lanes
 EXPONENT_BIAS = 127
 LARGEST_EXPONENT = 14  # of the staged x of a bf16 input
 MOST_EXPONENT = 100
@@ -174,7 +173,7 @@ def scale_function(spec: KernelSpec) -> Any:
             found = int32(max(found, int32(load_uint16(x + 2 * i) >> 7 & 0xFF)))
             i = int32(i + threads)
         for distance in (16, 8, 4, 2, 1):
-            found = int32(max(found, int32(cuda.shfl_xor_sync(ALL, found, distance))))
+            found = int32(max(found, int32(cuda.shfl_xor_sync(ALL_LANES, found, distance))))
         if thread & (LANES - 1) == 0:
             largest[thread >> 5] = found
         cuda.syncthreads()

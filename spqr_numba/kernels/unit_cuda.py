@@ -32,6 +32,7 @@ from .ptx import Ptx, f32, i32
 __all__ = [
     "HALF_BYTES",
     "LOAD_BYTES",
+    "WORD_BYTES",
     "Unit",
     "UnitOfOne",
     "UnitSpec",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 HALF_BYTES = 2
+WORD_BYTES = 4
 LOAD_BYTES = 16
 
 

@@ -18,11 +18,10 @@ from numba.extending import intrinsic
 from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
 from .prepared import LANES, OCTET, QUARTERS
 from .ptx import Ptx, f32, i32, i64
-from .unit_cuda import LOAD_BYTES, Unit, UnitSpec
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 
 __all__ = ["unit_writer"]
 
-WORD_BYTES = 4
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
 
 

@@ -155,7 +155,7 @@ class Warp:
 class Launcher:
     """launch.Launcher: runs a kernel, block by block."""
 
-    def __init__(self, kernel, signature, argument_types, device, *, threads, shared_bytes, early):
+    def __init__(self, kernel, signature, device, *, threads, shared_bytes, early):
         self.kernel, self.threads, self.signature = kernel, threads, signature
         assert shared_bytes <= SHARED_BYTES
 
