@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from spqr_numba.analysis.points import SweepPoint
     from spqr_numba.config import SpqrConfig
+    from spqr_numba.model.budget import Target
 
 __all__ = ["sweep"]
 
@@ -69,6 +70,14 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     show_default=True,
     help="As for `spqr compress`; several make a point each. Rounding to nearest is not tuned.",
 )
+@click.option(
+    "--target-bits",
+    type=Several(click.FLOAT),
+    metavar="BITS,...",
+    default=(),
+    help="As for `spqr compress`; several make a point each, out of each setting with outliers.",
+)
+@click.option("--per-layer", is_flag=True, help="As for `spqr compress`.")
 @device_option
 @click.option(
     "--no-dense", is_flag=True, help="Leave out the dense model, which must fit in memory whole."
@@ -137,6 +146,7 @@ def _run(
 
     windows = _windows(model, options)
     calibration = {
+        "targets": _targets(options.pop("target_bits"), options.pop("per_layer")),
         "dataset": options.pop("calibration"),
         "nsamples": options.pop("calibration_nsamples"),
         "dense": not options.pop("no_dense"),
@@ -151,6 +161,14 @@ def _run(
             f"interrupted; what is finished is kept in {folder}: run the same command again to go"
             " on"
         ) from None
+
+
+def _targets(bits: tuple[float, ...], per_layer: bool) -> list[Target]:
+    from spqr_numba.model.budget import Target
+
+    if per_layer and not bits:
+        raise click.UsageError("--per-layer chooses settings for --target-bits; give some")
+    return [Target(each, per_layer) for each in bits]
 
 
 def _windows(model: str | None, options: dict[str, Any]) -> dict[str, torch.Tensor]:

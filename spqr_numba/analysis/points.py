@@ -49,6 +49,8 @@ class SweepPoint:
     outlier_share   outliers a weight
     seconds         spent on quantizing weights, without forward passes and Hessians
     perplexity      name of a text -> perplexity of the whole model
+    target_bits     that the thresholds of all layers were chosen for (`compress`), or None
+    per_layer       whether bits and group size of each layer were, too
     """
 
     name: str
@@ -59,6 +61,8 @@ class SweepPoint:
     outlier_share: float
     seconds: float
     perplexity: dict[str, float]
+    target_bits: float | None = None
+    per_layer: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -87,7 +91,7 @@ class SettingSummary:
 
 
 class SweepFolder:
-    """A folder of points that differ in setting, seed and tuning alone.
+    """A folder of points that differ in setting, seed, tuning and target alone.
 
     common   what they share, in words; points of another `common` cannot be compared with them
 
@@ -107,10 +111,9 @@ class SweepFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def find(self, config: dict[str, Any] | None, seed: int | None, tune: int) -> SweepPoint | None:
-        """The finished point of a setting, a seed and so many steps of tuning."""
-        wanted = (config, seed, tune)
-        return next((p for p in self.points if (p.config, p.seed, p.tune) == wanted), None)
+    def find(self, **wanted: Any) -> SweepPoint | None:
+        """The first finished point that has these values in its fields."""
+        return next((point for point in self.points if wanted.items() <= vars(point).items()), None)
 
     def add(self, point: SweepPoint) -> None:
         """Keep a finished point."""
@@ -157,10 +160,10 @@ def excess(point: SweepPoint, dense: SweepPoint) -> dict[str, float]:
 
 def summaries(points: Iterable[SweepPoint], text: str) -> list[SettingSummary]:
     """Every setting among `points` on one text, in their order: all seeds of what was set alike."""
-    seeds: dict[tuple[str, int], list[SweepPoint]] = {}
+    seeds: dict[str, list[SweepPoint]] = {}
     for point in points:
-        setting = json.dumps(point.config, sort_keys=True), point.tune
-        seeds.setdefault(setting, []).append(point)
+        setting = point.config, point.tune, point.target_bits, point.per_layer
+        seeds.setdefault(json.dumps(setting, sort_keys=True), []).append(point)
     return [_summarize(group[0].name, group, text) for group in seeds.values()]
 
 
@@ -210,6 +213,8 @@ def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
         "setting": point.name,
         "seed": point.seed,
         "tune": point.tune,
+        "target_bits": point.target_bits,
+        "per_layer": point.per_layer,
         "bits": point.bits,
         "outlier_share": point.outlier_share,
         "seconds": point.seconds,

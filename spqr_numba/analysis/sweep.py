@@ -6,6 +6,9 @@ it give, and the folder that this wrote is loaded and measured: a point is what 
 could be made once for all, but they are not those that a setting meets: on the bundled model they
 move its perplexity by up to a percent, and `true_sequential` would mean nothing.
 
+The one exception is what targets of bits are reached by: what the options of each layer are worth
+is the same for all targets of a setting, a seed and a number of calibrated windows, and found once.
+
 In work, OUT also holds a checkpoint under a name made from its setting and seed, so that the same
 call continues it.
 """
@@ -16,7 +19,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -26,15 +29,17 @@ import torch
 
 from .. import __version__
 from ..config import SpqrConfig
-from ..errors import NumericsError
+from ..errors import ConfigError, NumericsError
 from ..evaluate.perplexity import perplexity
 from ..model.blocks import check_causal, check_dense, find_blocks, plan
+from ..model.budget import Curves, Target, read_curves
 from ..model.calibration import load_tokens, window_length
-from ..model.compress import Progress, compress
+from ..model.compress import CURVES_FILE, Progress, compress
 from ..model.integration import load_model
 from ..model.report import LAYERS_FILE, LayerRow, read_rows
 from ..model.skeleton import build_skeleton
 from ..model.source import Source, open_source
+from ..model.survey import check_target
 from .checkpoint import inspect_checkpoint
 from .findings import totals
 from .points import DENSE, SweepFolder, SweepPoint
@@ -53,6 +58,7 @@ def sweep(
     *,
     seeds: Sequence[int] = (0,),
     tune: Sequence[int] = (0,),
+    targets: Sequence[Target] = (),
     dataset: str | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
@@ -60,14 +66,15 @@ def sweep(
     dense: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[SweepPoint]:
-    """The point of the dense model and of each named setting, seed and tuning, one by one.
+    """The point of the dense model and of each named setting, target, tuning and seed, one by one.
 
-    model      folder, .gguf file, hub name, or None for the bundled model
+    model      folder, .gguf file, hub name, or None for the bundled model; opened once
     settings   name -> setting; of equal ones the first counts
     texts      name -> int64 [N, L] tokens to measure on
     out        folder that keeps the points; those that it holds are not made again
     seeds      of the choice of calibration windows
     tune       steps of training each block: a point for each, where anything is calibrated
+    targets    bits to come to: settings that keep outliers make a point for each, and none else
     dataset, nsamples, seqlen, device   as for `compress`
     dense      measure the dense model too, which must fit in memory whole then
     progress   a bar over all that is still to do
@@ -77,32 +84,55 @@ def sweep(
     NumericsError names the setting.
     """
     source = open_source(model)
-    _check(source, settings.values())
+    runs = _runs(settings, seeds, tune, targets, dense)
+    _check(source, runs)
+    tokens = load_tokens(dataset, source.tokenizer())
     calibration: dict[str, Any] = {
-        "dataset": dataset,
+        "dataset": tokens,
         "nsamples": nsamples,
         "seqlen": window_length(source.config, seqlen),
         "device": device,
     }
-    tokens = load_tokens(dataset, source.tokenizer())
     folder = SweepFolder(Path(out).expanduser(), _common(source, tokens, calibration, texts))
-    job = Sweep(model, texts, calibration, folder, progress)
-    yield from job.points(_runs(settings, seeds, tune, dense))
+    job = Sweep(source, texts, calibration, folder, progress)
+    yield from job.points(runs)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A point to be made; config None is the dense model, seed None calibrates nothing."""
+    """A point to be made; config None is the dense model, seed None calibrates nothing.
+
+    target   the bits to come to, or None to leave the setting as it is
+    """
 
     name: str
     config: SpqrConfig | None = None
     seed: int | None = None
     tune: int = 0
+    target: Target | None = None
 
     @property
-    def settings(self) -> dict[str, Any] | None:
-        """The setting as JSON types."""
-        return None if self.config is None else self.config.to_dict()
+    def fields(self) -> dict[str, Any]:
+        """What a point says that is made by this run, and by no other."""
+        return {
+            "config": None if self.config is None else self.config.to_dict(),
+            "seed": self.seed,
+            "tune": self.tune,
+            "target_bits": self.target and self.target.bits,
+            "per_layer": self.target is not None and self.target.per_layer,
+        }
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Those of `compress` in which runs differ."""
+        return {name: self.fields[name] for name in ("tune", "target_bits", "per_layer")} | {
+            "seed": self.seed or 0
+        }
+
+    @property
+    def surveyed(self) -> str:
+        """The same for runs in which the options of all layers are worth the same."""
+        return json.dumps({**self.fields, "tune": self.tune > 0, "target_bits": None})
 
     @property
     def label(self) -> str:
@@ -111,17 +141,16 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for the same setting, seed and tuning, as a file's name."""
-        text = json.dumps([self.settings, self.seed, self.tune], sort_keys=True)
-        return sha256(text.encode()).hexdigest()[:12]
+        """The same for runs that make the same point, as a file's name."""
+        return sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:12]
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Put the label in front of NumericsErrors."""
+        """Put the label in front of what goes wrong with a setting."""
         try:
             yield
-        except NumericsError as error:
-            raise NumericsError(f"{self.label}: {error}") from error
+        except (ConfigError, NumericsError) as error:
+            raise type(error)(f"{self.label}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -129,13 +158,15 @@ class Sweep:
     """What all runs share.
 
     calibration   keywords of `compress`
+    curves        what surveys have found so far, by `Run.surveyed`
     """
 
-    model: str | None
+    source: Source
     texts: Mapping[str, torch.Tensor]
     calibration: Mapping[str, Any]
     folder: SweepFolder
     progress: Progress | None
+    curves: dict[str, Curves] = field(default_factory=dict)
 
     def points(self, runs: Sequence[Run]) -> Iterator[SweepPoint]:
         """The point of each run, found in the folder or made."""
@@ -155,37 +186,49 @@ class Sweep:
             yield point
 
     def _find(self, run: Run) -> SweepPoint | None:
-        return self.folder.find(run.settings, run.seed, run.tune)
+        return self.folder.find(**run.fields)
 
     def _checkpoint(self, run: Run) -> Path:
         return self.folder.path / run.key
 
     def _dense(self, run: Run) -> SweepPoint:
         Half(self.progress, 1).update()  # nothing to compress
-        return SweepPoint(run.name, None, 0, None, DENSE_BITS, 0.0, 0.0, self._measure(self.model))
+        perplexity = self._measure(self.source)
+        return SweepPoint(run.name, None, 0, None, DENSE_BITS, 0.0, 0.0, perplexity)
 
     def _compressed(self, run: Run) -> SweepPoint:
         """Compress and measure."""
-        assert run.config is not None
         checkpoint = self._checkpoint(run)
         if not checkpoint.exists():  # else an earlier run was killed while it measured
-            half = Half(self.progress)
-            keywords = {**self.calibration, "seed": run.seed or 0, "tune": run.tune}
-            compress(self.model, checkpoint, run.config, **keywords, progress=half)
+            self._compress(run, checkpoint)
         total = totals(inspect_checkpoint(checkpoint))
         rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"), LayerRow)
         return SweepPoint(
             name=run.name,
-            seed=run.seed,
-            tune=run.tune,
-            config=run.settings,
+            **run.fields,
             bits=total.bits,
             outlier_share=total.outlier_share,
             seconds=sum(row.seconds for row in rows),
             perplexity=self._measure(str(checkpoint)),
         )
 
-    def _measure(self, model: str | None) -> dict[str, float]:
+    def _compress(self, run: Run, out: Path) -> None:
+        """Keep what each layer's options are worth for runs that differ in their target alone."""
+        assert run.config is not None
+        compress(
+            self.source,
+            out,
+            run.config,
+            **self.calibration,
+            **run.keywords,
+            curves=self.curves.get(run.surveyed),
+            progress=Half(self.progress),
+        )
+        if run.target is not None:
+            text = (out / CURVES_FILE).read_text(encoding="utf-8")
+            self.curves[run.surveyed] = read_curves(text)
+
+    def _measure(self, model: str | Source) -> dict[str, float]:
         """Name of each text -> perplexity of a model that is loaded for it."""
         loaded, _ = load_model(model, device=self.calibration["device"])
         half = Half(self.progress, sum(map(len, self.texts.values())))
@@ -213,13 +256,19 @@ class Half:
         """The bar says which point it is, and no more."""
 
 
-def _check(source: Source, settings: Iterable[SpqrConfig]) -> None:
+def _check(source: Source, runs: Iterable[Run]) -> None:
     """Refuse now, and not behind hours of other points, what `compress` will refuse."""
     check_dense(source.config)
     check_causal(source.config)
-    blocks = find_blocks(build_skeleton(source.config, torch.float16))
-    for config in settings:
-        plan(blocks, config)
+    skeleton = build_skeleton(source.config, torch.float16)
+    blocks = find_blocks(skeleton)
+    for run in runs:
+        if run.config is None:
+            continue
+        settings = plan(blocks, run.config)
+        if run.target is not None:
+            with run.named_errors():
+                check_target(run.target, run.config, settings, skeleton)
 
 
 def _common(
@@ -228,7 +277,7 @@ def _common(
     calibration: Mapping[str, Any],
     texts: Mapping[str, torch.Tensor],
 ) -> dict[str, str]:
-    """Everything but setting, seed and tuning that shapes a point, in words."""
+    """Everything but what runs differ in that shapes a point, in words."""
     common = {
         "version": __version__,
         "model": f"{source.label} ({source.fingerprint[:12]})",
@@ -247,17 +296,32 @@ def _digest(tokens: torch.Tensor) -> str:
 
 
 def _runs(
-    settings: Mapping[str, SpqrConfig], seeds: Sequence[int], tune: Sequence[int], dense: bool
+    settings: Mapping[str, SpqrConfig],
+    seeds: Sequence[int],
+    tune: Sequence[int],
+    targets: Sequence[Target],
+    dense: bool,
 ) -> list[Run]:
-    """What is asked for; a setting that calibrates nothing has neither seed nor tuning."""
+    """What is asked for; a setting that calibrates nothing has no seed, target or tuning."""
     runs = [Run(DENSE)] if dense else []
     for name, config in settings.items():
-        variants = list(product(tune, seeds)) if _calibrates(config) else [(0, None)]
-        for steps, seed in variants:
-            run = Run(f"{name}, tune {steps}" if steps else name, config, seed, steps)
+        aims = targets if targets and config.outlier_threshold is not None else [None]
+        calibrated = _calibrates(config)
+        for variant in product(aims, tune, seeds) if calibrated else [(None, 0, None)]:
+            run = _run(name, config, *variant)
             if not any(replace(run, name=other.name) == other for other in runs):
                 runs.append(run)
     return runs
+
+
+def _run(name: str, config: SpqrConfig, target: Target | None, tune: int, seed: int | None) -> Run:
+    """Its name says all but the seed."""
+    words = [name]
+    if target is not None:
+        words.append(f"target {target.bits:g} bits" + " per layer" * target.per_layer)
+    if tune:
+        words.append(f"tune {tune}")
+    return Run(", ".join(words), config, seed, tune, target)
 
 
 def _calibrates(config: SpqrConfig) -> bool:

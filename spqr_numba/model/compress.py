@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from copy import deepcopy
@@ -58,10 +57,10 @@ from .report import (
 )
 from .skeleton import Parts, ReadAhead, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
-from .survey import least_bytes, survey
+from .survey import check_target, survey
 from .tuning import BlockTuner, Tuning
 
-__all__ = ["Progress", "compress"]
+__all__ = ["CURVES_FILE", "Progress", "compress"]
 
 BATCH_TOKENS = 4096
 CURVES_FILE = "curves.csv"
@@ -82,11 +81,11 @@ class Progress(Protocol):
 
 
 def compress(
-    model: str | None,
+    model: str | Source | None,
     out: Path | str,
     config: SpqrConfig = PRESETS[DEFAULT_PRESET],
     *,
-    dataset: str | None = None,
+    dataset: str | torch.Tensor | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
@@ -95,15 +94,17 @@ def compress(
     batch_size: int | None = None,
     target_bits: float | None = None,
     per_layer: bool = False,
+    curves: Curves | None = None,
     device: torch.device | str = "cpu",
     offload_activations: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Compress a model into the folder `out`, and say how it went.
 
-    model        folder, .gguf file, hub name, or None for the bundled model
+    model        folder, .gguf file, hub name, an open Source, or None for the bundled model
     config       settings; what `spqr compress` does without options, if none are given
-    dataset      calibration text (calibration.py), None for Python's manual
+    dataset      calibration text (calibration.py), or its tokens, int64 [n]; None for Python's
+                 manual
     nsamples     windows of calibration text
     seqlen       tokens a window; None is the model's context, 2048 at most
     seed         of the choice of windows, and of their order where they are trained on
@@ -113,6 +114,8 @@ def compress(
     target_bits  choose each layer's outlier_threshold so that the whole comes to so many bits a
                  weight, spent where the model's loss falls most for each (budget.py, survey.py)
     per_layer    with target_bits, choose each layer's bits and group_size too
+    curves       with target_bits, what a compression that differed in these bits alone found the
+                 options of each layer to be worth; spares the walk over the dense model
     device       where blocks are run and quantized: "cpu" or "cuda"
     offload_activations  keep the hidden states in main memory, batch by batch on the device; of
                  themselves they go there where beside them a GPU had too little for a block
@@ -133,10 +136,12 @@ def compress(
         check_dense(source.config)
         check_causal(source.config)
         tuning = Tuning(tune, nsamples, seed) if tune else None
-        job = Compression(source, config, torch.device(device), clock, tuning, target)
+        job = Compression(source, config, torch.device(device), clock, tuning, target, curves)
         tokenizer = source.tokenizer()
         if job.calibrates:
-            tokens = load_tokens(dataset, tokenizer)
+            tokens = (
+                dataset if isinstance(dataset, torch.Tensor) else load_tokens(dataset, tokenizer)
+            )
             job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
@@ -155,6 +160,7 @@ class Compression:
         clock: Clock,
         tuning: Tuning | None = None,
         target: Target | None = None,
+        curves: Curves | None = None,
     ) -> None:
         """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
         self.source, self.config, self.device, self.clock = source, config, device, clock
@@ -163,8 +169,11 @@ class Compression:
         move_buffers(self.model, device)
         self.blocks: Blocks = find_blocks(self.model)
         self.settings = plan(self.blocks, config)
-        self.target = target
-        self._check_target()
+        self.target, self.curves = target, curves
+        if target is not None:
+            check_target(target, config, self.settings, self.model)
+        if curves is not None and set(curves) != set(self.settings):
+            raise ConfigError("the curves are not of the layers that these settings compress")
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
         self.tuning = tuning
@@ -176,16 +185,6 @@ class Compression:
         self.windows: torch.Tensor | None = None
         self.batch_size = 0
         self.offload = False
-
-    def _check_target(self) -> None:
-        if self.target is not None:
-            self.target.check(self.config)
-            self.target.check_hessians(self.settings.values())
-            sizes = [
-                least_bytes(config, self.model.get_submodule(name), self.target.per_layer)
-                for name, config in self.settings.items()
-            ]
-            self.target.check_reach(sum(sizes), math.inf, self._weights())
 
     def _weights(self) -> int:
         """Number of weights to compress."""
@@ -288,7 +287,10 @@ class Compression:
         """What the unfinished layers share; None where there is no target."""
         if self.target is None:
             return None
-        curves = read_curves(self.writer.read_text(CURVES_FILE)) or self._survey(progress)
+        curves = read_curves(self.writer.read_text(CURVES_FILE))
+        if not curves:
+            curves = self.curves or self._survey(progress)
+            self.writer.write_text(CURVES_FILE, curves_to_csv(curves))
         self.target.check_reach(*reach(curves), self._weights())
         ration = Ration(curves, self.settings, self.target.bits * self._weights() / 8)
         for row in self.rows:
@@ -297,11 +299,11 @@ class Compression:
         return ration
 
     def _survey(self, progress: Progress) -> Curves:
-        """The options of every layer; kept beside the blocks, for a run that continues this one."""
+        """The options of every layer."""
         assert self.windows is not None  # Target.check_hessians: something calibrates
         parts = Parts(self.model, self.blocks, self.weights, self.device, self.dtype)
         with self.clock("survey"):
-            curves = survey(
+            return survey(
                 parts,
                 self.settings,
                 self.windows.to(self.device),
@@ -310,8 +312,6 @@ class Compression:
                 clock=self.clock,
                 note=progress.set_postfix_str,
             )
-        self.writer.write_text(CURVES_FILE, curves_to_csv(curves))
-        return curves
 
     def _start_activations(self) -> Activations | None:
         """What the first unfinished block gets; None where nothing calibrates."""

@@ -18,7 +18,7 @@ MAX_NAMED = 3
 
 
 def load_model(
-    model: str | None,
+    model: str | Source | None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:

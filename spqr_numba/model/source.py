@@ -83,8 +83,11 @@ class Source(Protocol):
         ...
 
 
-def open_source(model: str | None) -> Source:
+def open_source(model: str | Source | None) -> Source:
     """The Source that `model` names: a folder, a .gguf file, a hub name, or None for the bundled.
+
+    A Source is itself: to read config and tokenizer once for several uses, which takes seconds for
+    a .gguf file.
 
     Raises CheckpointError where there is no readable model.
     """
@@ -92,6 +95,8 @@ def open_source(model: str | None) -> Source:
         from ..demo import MODEL_PATH
 
         return FolderSource(MODEL_PATH, "the bundled model")
+    if not isinstance(model, str):
+        return model
     path = Path(model).expanduser()
     if path.is_dir():
         return FolderSource(path)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -26,14 +26,14 @@ from ..quantize.outliers import outlier_threshold
 from ..quantize.solver import quantize_weight
 from .activations import Activations
 from .blocks import input_groups
-from .budget import Curves, Option, between, lower_hull
+from .budget import Curves, Option, Target, between, lower_hull
 from .gradients import sensitivities
 from .input_sums import InputSums
 from .quantize_block import factorization_key, named
 from .report import Clock
 from .skeleton import Parts
 
-__all__ = ["candidates", "least_bytes", "survey"]
+__all__ = ["candidates", "check_target", "least_bytes", "survey"]
 
 WINDOWS = 32
 GRADIENT_TOKENS = 4096
@@ -103,6 +103,17 @@ def least_bytes(config: SpqrConfig, linear: nn.Linear, per_layer: bool) -> int:
     shape = linear.out_features, linear.in_features
     configs = candidates(config, per_layer) if config.use_hessian else [config]
     return min(_nbytes(replace(c, outlier_threshold=None), *shape, None) for c in configs)
+
+
+def check_target(
+    target: Target, config: SpqrConfig, settings: Mapping[str, SpqrConfig], model: Any
+) -> None:
+    """Raise ConfigError where no choice for the linears `settings` of `model` meets `target`."""
+    target.check(config)
+    target.check_hessians(settings.values())
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in settings}
+    least = sum(least_bytes(c, linears[name], target.per_layer) for name, c in settings.items())
+    target.check_reach(least, math.inf, sum(linear.weight.numel() for linear in linears.values()))
 
 
 def candidates(config: SpqrConfig, per_layer: bool) -> list[SpqrConfig]:

@@ -17,8 +17,11 @@ from spqr_numba.analysis.sweep import sweep
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import CheckpointError, ConfigError, ModelError, NumericsError
 from spqr_numba.evaluate.baselines import measure
+from spqr_numba.model import compress as compress_module
+from spqr_numba.model.budget import Target
 from spqr_numba.model.compress import Compression, compress
 from spqr_numba.model.integration import load_model
+from spqr_numba.model.survey import survey
 
 from ..tiny import save_tiny_llama
 
@@ -91,6 +94,47 @@ def test_each_seed_and_tuning_makes_a_point_where_something_is_calibrated(
     tuned = measure(load_model(str(tmp_path / "tuned"))[0], texts)
     assert more[1].perplexity == tuned.perplexity
     assert points[0].perplexity != points[1].perplexity
+
+
+def test_each_target_makes_a_point_where_outliers_are_kept_and_one_survey_serves_all(
+    dense: str,
+    texts: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick: dict[str, Any],
+) -> None:
+    surveys: list[bool] = []
+
+    def counting(*args: Any, per_layer: bool, **keywords: Any) -> Any:
+        surveys.append(per_layer)
+        return survey(*args, per_layer=per_layer, **keywords)
+
+    monkeypatch.setattr(compress_module, "survey", counting)
+    targets = [Target(4.6, per_layer=True), Target(4.8, per_layer=True)]
+    settings = {"paper": SpqrConfig(), "GPTQ": SpqrConfig.gptq(3)}
+    points = list(sweep(dense, settings, texts, tmp_path, targets=targets, **quick, dense=False))
+    assert surveys == [True]
+    names = ["paper, target 4.6 bits per layer", "paper, target 4.8 bits per layer", "GPTQ"]
+    assert [point.name for point in points] == names
+    assert [(p.target_bits, p.per_layer) for p in points] == [
+        (4.6, True),
+        (4.8, True),
+        (None, False),
+    ]
+    assert read_sweep(tmp_path) == points
+    compress(
+        dense, tmp_path / "alone", SpqrConfig(), target_bits=4.8, per_layer=True, seed=0, **quick
+    )
+    alone = measure(load_model(str(tmp_path / "alone"))[0], texts)
+    assert (points[1].bits, points[1].perplexity) == (alone.bits, alone.perplexity)
+
+
+def test_a_target_out_of_reach_is_named_before_anything_is_compressed(
+    dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="paper, target 2 bits, seed 0: target_bits is 2"):
+        list(sweep(dense, SETTINGS, texts, tmp_path / "out", targets=[Target(2)], **quick))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_grows_and_makes_nothing_twice(

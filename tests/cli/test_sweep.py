@@ -12,6 +12,7 @@ import pytest
 
 from spqr_numba.analysis import sweep as sweep_module
 from spqr_numba.analysis.points import SweepPoint
+from spqr_numba.model.budget import Target
 
 from .conftest import Run
 
@@ -69,7 +70,8 @@ def test_table_json_and_picture(run: Run, dense: Path, text: Path, tmp_path: Pat
 def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
     line = f"sweep {tmp_path / 'out'} --preset paper,small --group-size row,16 --fit min-max"
     line += " --outlier-threshold 0.2,none --true-sequential on,off --skip gate --no-dense"
-    result = run(line + " --calibration-nsamples 7 --seqlen 64 --nsamples 2 --seed 3,4 --tune 0,9")
+    line += " --calibration-nsamples 7 --seqlen 64 --nsamples 2 --seed 3,4 --tune 0,9"
+    result = run(line + " --target-bits 3.5,4 --per-layer")
     assert result.exit_code == 0, result.output
     assert len(asked["settings"]) == 16
     name = "paper, group_size row, fit min-max, outlier_threshold none, true_sequential on"
@@ -79,6 +81,7 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     assert asked["texts"]["manual"].shape == (2, 64)
     assert (asked["dataset"], asked["nsamples"], asked["seqlen"]) == (None, 7, 64)
     assert (asked["seeds"], asked["tune"]) == ((3, 4), (0, 9))
+    assert asked["targets"] == [Target(3.5, per_layer=True), Target(4, per_layer=True)]
     assert (asked["dense"], asked["device"]) == (False, "cpu")
 
 
@@ -145,6 +148,7 @@ def test_ctrl_c_says_what_is_kept(
         ("--fit joint,", "'' is not one of"),
         ("--seed 0,x", "'x' is not a valid integer"),
         ("--ablate --bits 3,4", "bits has 2 values; give one"),
+        ("--per-layer", "--per-layer chooses settings for --target-bits"),
         ("--outlier-threshold some", "'some' is not a valid float"),
     ],
 )

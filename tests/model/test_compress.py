@@ -24,8 +24,11 @@ from spqr_numba.errors import (
     SpqrError,
 )
 from spqr_numba.model.blocks import find_blocks
+from spqr_numba.model.budget import read_curves
+from spqr_numba.model.calibration import load_tokens
 from spqr_numba.model.compress import compress
 from spqr_numba.model.integration import load_model
+from spqr_numba.model.source import open_source
 from spqr_numba.nn import SpqrLinear
 from spqr_numba.quantize.hessian import Hessian
 
@@ -132,7 +135,7 @@ def test_losses_are_those_of_the_inputs_that_the_compressed_model_sees(
     name: str, folder_of: FolderOf, run: Run, text_file: Path
 ) -> None:
     """The loss in layers.csv is that on the true inputs: blocks before compressed, own not."""
-    from spqr_numba.model.calibration import load_tokens, sample_windows
+    from spqr_numba.model.calibration import sample_windows
 
     out = run(folder_of(name))
     model, tokenizer = load_model(str(out))
@@ -532,6 +535,21 @@ def test_targets_that_cannot_be(
     with pytest.raises(ConfigError, match=message):
         run(folder_of("llama"), config, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_one_run_surveyed_serves_another(
+    folder_of: FolderOf, run: Run, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, expected = (run(folder_of("llama"), TARGET, f"{b}", target_bits=b) for b in (4.8, 4.9))
+    curves = read_curves((first / "curves.csv").read_text())
+    monkeypatch.delattr("spqr_numba.model.compress.survey")
+    source = open_source(str(folder_of("llama")))
+    tokens = load_tokens(str(text_file), source.tokenizer())
+    settings = {"dataset": tokens, **CALIBRATION, "target_bits": 4.9, "curves": curves}
+    again = compress(source, first.with_name("again"), TARGET, **settings).out
+    assert tensors_of(again) == tensors_of(expected)
+    with pytest.raises(ConfigError, match="curves are not of the layers"):
+        run(folder_of("opt"), TARGET, "other", target_bits=4.9, curves=curves)
 
 
 def test_more_bits_than_outliers_are_worth(folder_of: FolderOf, run: Run) -> None:

@@ -194,5 +194,7 @@ def test_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_means_the_bundled_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spqr_numba.demo.MODEL_PATH", folder)
-    assert open_source(None).label == "the bundled model"
+    opened = open_source(None)
+    assert opened.label == "the bundled model"
+    assert open_source(opened) is opened
     assert source.open_source(None).config.model_type == "llama"
