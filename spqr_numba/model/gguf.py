@@ -33,6 +33,7 @@ class GgufSource:
         """Raises CheckpointError where the package gguf is missing or `path` is no gguf file."""
         self.path = path
         self.label = str(path)
+        self._weights: GgufWeights | None = None
         try:
             import gguf  # noqa: F401
         except ImportError as error:
@@ -72,8 +73,10 @@ class GgufSource:
         return self._tokenizer
 
     def weights(self, model: nn.Module) -> Weights:
-        """The tensors under the names that `model` has for them."""
-        return GgufWeights(self.path, model)
+        """The tensors under the names that `model`, one of this config, has for them."""
+        if self._weights is None:  # finding the names takes seconds
+            self._weights = GgufWeights(self.path, model)
+        return self._weights
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer into `folder`, and what the config says about generation."""
