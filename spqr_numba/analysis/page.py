@@ -30,6 +30,7 @@ from .sensitivity import Floats
 __all__ = ["checkpoint_page", "png"]
 
 WORST = 10
+MOST_APART = 60  # layers; between more, the gaps would only make a grey of the colours
 DARK, LIGHT = (8, 48, 92), (247, 251, 255)  # one hue, so that a greyscale print reads the same
 PART_COLORS = dict(zip(PARTS, ("#08306b", "#4a90c8", "#a9cfe8", "#d95f0e", "#8a8a8a"), strict=True))
 STYLE = """
@@ -144,23 +145,25 @@ def _bits(layers: Sequence[LayerSummary]) -> str:
         if bits
     )
     ticks = "".join(f"<span>{tick}</span>" for tick in range(top, -1, -1))
-    bars = "".join(_bar(i, layer, top) for i, layer in enumerate(layers))
+    gap = 0.1 if len(layers) <= MOST_APART else 0.0
+    bars = "".join(_bar(i, layer, top, gap) for i, layer in enumerate(layers))
     return (
         f"<h2>{escape(bits_finding(layers))}</h2>\n<p>Bits a weight of each layer, by what they are"
         f' for.</p>\n<div class="legend">{legend}</div>\n<div class="chart">'
         f'<div class="ticks">{ticks}</div><svg viewBox="0 0 {len(layers)} {top}"'
-        f' preserveAspectRatio="none" role="img" aria-label="Bits a weight by layer">{bars}</svg>'
+        f' preserveAspectRatio="none" shape-rendering="crispEdges" role="img"'
+        f' aria-label="Bits a weight by layer">{bars}</svg>'
         f'<div class="below"><span>first layer</span><span>last layer</span></div></div>'
     )
 
 
-def _bar(index: int, layer: LayerSummary, top: int) -> str:
+def _bar(index: int, layer: LayerSummary, top: int, gap: float) -> str:
     parts, height = [], 0.0
     for part, bits in layer.part_bits.items():
         height += bits
         if bits:
             parts.append(
-                f'<rect x="{index + 0.05}" y="{top - height:.4f}" width=".9" height="{bits:.4f}"'
+                f'<rect x="{index}" y="{top - height:.4f}" width="{1 - gap}" height="{bits:.4f}"'
                 f' fill="{PART_COLORS[part]}"><title>{escape(layer.layer)}: {part}'
                 f" {bits:.3f} bits</title></rect>"
             )

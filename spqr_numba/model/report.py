@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..config import SpqrConfig
+from ..errors import CheckpointError
 from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 
 __all__ = [
@@ -246,9 +247,18 @@ def rows_to_csv(rows: Sequence[LayerRow] | Sequence[TunedRow]) -> str:
 
 
 def read_rows(text: str, kind: type[Row]) -> list[Row]:
-    """The rows of a layers.csv (kind LayerRow) or tuning.csv, as `rows_to_csv` wrote it."""
+    """The rows of a layers.csv (kind LayerRow) or tuning.csv, as `rows_to_csv` wrote it.
+
+    Raises CheckpointError where another version wrote it, or it is damaged.
+    """
     readers = {f.name: READERS[str(f.type)] for f in fields(kind)}
-    return [
-        kind(**{name: readers[name](value) for name, value in line.items()})
-        for line in csv.DictReader(io.StringIO(text))
-    ]
+    try:
+        return [
+            kind(**{name: readers[name](value) for name, value in line.items()})
+            for line in csv.DictReader(io.StringIO(text))
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the log of the layers is not what this version writes ({error}); compress again, or"
+            " delete it: it tells of losses, and no weight depends on it"
+        ) from error

@@ -8,6 +8,7 @@ import pytest
 
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.config import SpqrConfig
+from spqr_numba.errors import CheckpointError
 from spqr_numba.format.layout import MatrixSpec
 from spqr_numba.model.report import (
     Clock,
@@ -34,6 +35,9 @@ def test_rows_survive_the_csv_exactly() -> None:
     tuned = [TunedRow("a", 1 / 3, 0.1, 20, 0.5), TunedRow("b", 0.25, 0.25, 0, 1.0)]
     assert read_rows(rows_to_csv(tuned), TunedRow) == tuned
     assert read_rows("", LayerRow) == []
+    for damaged in ("layer,rows\na,1\n", "layer,color\na,blue\n", rows_to_csv(rows)[:-30]):
+        with pytest.raises(CheckpointError, match="log of the layers is not what this version"):
+            read_rows(damaged, LayerRow)
     assert rows_to_csv([]) == ""
 
 
