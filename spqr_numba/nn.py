@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Self
 
 import torch
@@ -14,9 +14,10 @@ from .format.matrix import SpqrMatrix
 from .kernels.dequantize import dequantize
 from .kernels.matmul import matmul
 from .kernels.prepared import PreparedMatrix, can_prepare, prepare
+from .kernels.siblings import join, kinship
 from .operators import Weight, describe, needs_operator, remember
 
-__all__ = ["SpqrLinear"]
+__all__ = ["SpqrLinear", "join_siblings"]
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
 PREPARED_ON: tuple[str, ...] = ("cuda",)  # kinds of device whose product reads a PreparedMatrix
@@ -87,6 +88,7 @@ class SpqrLinear(nn.Module):
         if any(self._buffers[name] is not tensor for name, tensor in known.tensors.items()):
             tensors = {n: b for n, b in self._buffers.items() if b is not None}
             known = self._known = type(known)(self.spec, tensors)
+            self.layout = describe(known)
             remember(known)
         return known
 
@@ -163,3 +165,22 @@ class SpqrLinear(nn.Module):
         self._restore()
         super()._load_from_state_dict(*args, **kwargs)
         self.prepare()
+
+
+@torch.inference_mode(False)
+def join_siblings(block: nn.Module) -> None:
+    """Put the prepared weights of linears of a block that share an input side by side in memory.
+
+    Each layer works as before; compiled (join_products.py), they are one product. Joined weights
+    stay as they are.
+    """
+    families: dict[Hashable, list[tuple[SpqrLinear, PreparedMatrix]]] = {}
+    for layer in block.modules():
+        if isinstance(layer, SpqrLinear) and isinstance(weight := layer._weight(), PreparedMatrix):
+            families.setdefault(kinship(weight), []).append((layer, weight))
+    families.pop(None, None)
+    for siblings in families.values():
+        if len(siblings) > 1:
+            parts = join([weight for _, weight in siblings])
+            for (layer, _), part in zip(siblings, parts, strict=True):
+                layer._hold(part)

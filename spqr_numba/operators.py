@@ -1,11 +1,17 @@
 """The kernels as operators of torch: what torch.compile, torch.export and autograd see of them.
 
     spqr_numba::matmul(Tensor x, Tensor[] buffers, str layout, Tensor? bias) -> Tensor
+    spqr_numba::matmul_siblings(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases)
+        -> Tensor
     spqr_numba::dequantize(Tensor[] buffers, str layout, ScalarType dtype) -> Tensor
 
 A weight travels as its buffers and a string that says what they are, so that a traced graph holds
 nothing but tensors and constants. The gradient goes to x (grad_y W_hat) and to the bias; the weight
 has none. An operator costs 10 to 20 microseconds a call, which `needs_operator` helps to save.
+
+`matmul_siblings` is what join_products.py makes of the products of one x with all parts of a whole
+(kernels/siblings.py), their outputs side by side; biases are one a part, or none. It has no
+gradient, as it comes into graphs that have theirs already.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,8 +31,9 @@ from .format.matrix import SpqrMatrix
 from .kernels.dequantize import dequantize
 from .kernels.matmul import matmul
 from .kernels.prepared import PreparedMatrix
+from .kernels.siblings import whole_of
 
-__all__ = ["Weight", "describe", "needs_operator", "remember"]
+__all__ = ["Layout", "Weight", "describe", "needs_operator", "parse", "remember"]
 
 Weight = SpqrMatrix | PreparedMatrix
 FORMS: Mapping[str, type[Weight]] = {cls.__name__: cls for cls in (SpqrMatrix, PreparedMatrix)}
@@ -43,10 +51,34 @@ def needs_operator(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     return learns and torch.is_grad_enabled()
 
 
+class Layout(NamedTuple):
+    """What buffers are: their names, in order, and the form and spec of the weight that they make.
+
+    Of a part, whole_rows has its whole, in which it begins at first_row; else both are 0.
+    """
+
+    form: str
+    spec: MatrixSpec
+    names: tuple[str, ...]
+    first_row: int
+    whole_rows: int
+
+
 def describe(weight: Weight) -> str:
-    """The layout of a weight: its form, its spec and the names of its buffers, in order."""
-    form, names = type(weight).__name__, list(weight.tensors)
-    return json.dumps({"form": form, **asdict(weight.spec), "buffers": names})
+    """The Layout of a weight as a string."""
+    form, names, place = type(weight).__name__, tuple(weight.tensors), (0, 0)
+    if isinstance(weight, PreparedMatrix) and weight.whole is not None:
+        place = weight.first_row, weight.whole.spec.out_features
+    layout = Layout(form, weight.spec, names, *place)
+    return json.dumps(layout._asdict() | {"spec": asdict(weight.spec)})
+
+
+@cache
+def parse(text: str) -> Layout:
+    """The inverse of `describe`."""
+    fields = json.loads(text)
+    names = tuple(fields.pop("names"))
+    return Layout(spec=MatrixSpec(**fields.pop("spec")), names=names, **fields)
 
 
 def remember(weight: Weight) -> None:
@@ -59,7 +91,7 @@ def _weight(buffers: Sequence[torch.Tensor], layout: str) -> Weight:
     known = _known.get(_key(layout, buffers))
     if known is not None:
         return known
-    form, spec, names = _parsed(layout)
+    form, spec, names, *_ = parse(layout)
     return FORMS[form](spec, dict(zip(names, buffers, strict=True)))
 
 
@@ -72,17 +104,13 @@ def _key(layout: str, buffers: Sequence[torch.Tensor]) -> tuple[str | int, ...]:
     return (layout, *[buffer.data_ptr() for buffer in buffers])
 
 
-@cache
-def _parsed(layout: str) -> tuple[str, MatrixSpec, tuple[str, ...]]:
-    fields = json.loads(layout)
-    form, names = fields.pop("form"), tuple(fields.pop("buffers"))
-    return form, MatrixSpec(**fields), names
-
-
 # --- The operators
 
 _library = torch.library.Library("spqr_numba", "DEF")
 _library.define("matmul(Tensor x, Tensor[] buffers, str layout, Tensor? bias) -> Tensor")
+_library.define(
+    "matmul_siblings(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases) -> Tensor"
+)
 _library.define("dequantize(Tensor[] buffers, str layout, ScalarType dtype) -> Tensor")
 
 
@@ -95,7 +123,31 @@ def _multiply(
 def _multiply_fake(
     x: torch.Tensor, buffers: Sequence[torch.Tensor], layout: str, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _parsed(layout)[1].out_features))
+    return x.new_empty((*x.shape[:-1], parse(layout).spec.out_features))
+
+
+def _multiply_siblings(
+    x: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    layouts: Sequence[str],
+    biases: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    rest = iter(buffers)
+    parts = [_weight(list(islice(rest, len(parse(text).names))), text) for text in layouts]
+    whole = whole_of(parts)
+    if whole is not None:
+        return matmul(x, whole, torch.cat(list(biases)) if biases else None)
+    products = [matmul(x, part, bias) for part, bias in zip_longest(parts, biases)]
+    return torch.cat(products, dim=-1)
+
+
+def _multiply_siblings_fake(
+    x: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    layouts: Sequence[str],
+    biases: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], sum(parse(text).spec.out_features for text in layouts)))
 
 
 def _dequantize(buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype) -> torch.Tensor:
@@ -105,7 +157,7 @@ def _dequantize(buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype
 def _dequantize_fake(
     buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    spec = _parsed(layout)[1]
+    spec = parse(layout).spec
     return buffers[0].new_empty((spec.out_features, spec.in_features), dtype=dtype)
 
 
@@ -127,6 +179,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 for _name, _kernel, _fake in (
     ("matmul", _multiply, _multiply_fake),
+    ("matmul_siblings", _multiply_siblings, _multiply_siblings_fake),
     ("dequantize", _dequantize, _dequantize_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")

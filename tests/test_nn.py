@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from spqr_numba import nn as nn_module
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import FormatError, InputError
-from spqr_numba.nn import SpqrLinear
+from spqr_numba.nn import SpqrLinear, join_siblings
 
 from .problems import make_spec
 
@@ -22,8 +22,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
 
 
-def make_layer(bias: bool = True, **settings: int) -> SpqrLinear:
-    matrix = random_matrix(make_spec(48, 40, **settings))
+def make_layer(bias: bool = True, seed: int = 0, **settings: int) -> SpqrLinear:
+    matrix = random_matrix(make_spec(48, 40, **settings), seed=seed)
     return SpqrLinear(matrix, torch.linspace(-1, 1, 48) if bias else None)
 
 
@@ -152,6 +152,30 @@ def test_a_layer_is_prepared_where_it_moves_and_restored_where_it_leaves(
 def test_settings_without_a_fast_path_stay_as_they_are() -> None:
     layer = make_layer(scale_bits=16)
     assert "codes" in dict(layer.named_buffers())
+
+
+@pytest.mark.usefixtures("prepared")
+def test_siblings_are_joined_once_and_part_where_they_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = nn.ModuleList(make_layer(bias) for bias in (True, False))
+    before = block.state_dict()
+    with torch.inference_mode():
+        join_siblings(block)
+    first, second = block
+    assert first.runs is second.runs
+    assert not first.records.is_inference()
+    assert same_tensors(block.state_dict(), before)
+    held = first.records
+    join_siblings(block)
+    assert first.records is held
+    other = copy.deepcopy(block)
+    assert same_tensors(other.state_dict(), before)
+    first.load_state_dict(make_layer(seed=1).state_dict())
+    assert same_tensors(second.state_dict(), make_layer(bias=False).state_dict())
+    assert first.runs is not second.runs
+    monkeypatch.undo()
+    assert same_tensors(other.to(torch.float32).state_dict(), before)
 
 
 @pytest.mark.gpu

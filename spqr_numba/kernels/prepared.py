@@ -80,11 +80,14 @@ def can_prepare(matrix: SpqrMatrix) -> bool:
 class PreparedMatrix:
     """One compressed weight in the order in which a GPU reads it; the same numbers, as many bytes.
 
-    `canonical` is the exact inverse of `prepare`.
+    `canonical` is the exact inverse of `prepare`. One that was joined (siblings.py) knows the whole
+    that its rows are part of, and its first row there.
     """
 
     spec: MatrixSpec
     tensors: Mapping[str, torch.Tensor]
+    whole: PreparedMatrix | None = None
+    first_row: int = 0
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
