@@ -2,7 +2,8 @@
 
 Compiling a model as a whole takes the longer the deeper it is, and its blocks are all alike but for
 the number under which each finds its keys and values in the cache. Here each gets a cache of that
-one layer, so that the number no longer matters. What lies around the blocks stays as it is.
+one layer, so that the number no longer matters. What lies around the blocks stays as it is. Linears
+of a block that share an input become one product on a GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config, exc
+from torch._inductor import config as inductor_config
 from transformers.cache_utils import Cache
 
+from .join_products import JoinProducts
 from .model.blocks import find_blocks
+from .nn import join_siblings
 
 __all__ = ["CompiledBlocks"]
 
@@ -56,12 +60,16 @@ class CompiledBlocks:
             self._give_up(f"it has {len(self._blocks)} blocks and {len(self._layers)} caches")
         elif any("forward" in vars(block) for block in self._blocks):
             self._give_up("its blocks already run through another wrapper")
+        for block in self._blocks if self._works else ():
+            join_siblings(block)
 
     def __enter__(self) -> None:
         if not self._works:
             return
         # Blocks differ in how many outliers they have; buffers of other sizes are other code else.
         self._left.enter_context(config.patch(force_parameter_static_shapes=False))
+        joining = inductor_config.patch(post_grad_custom_pre_pass=JoinProducts())
+        self._left.enter_context(joining)
         for block, layer in zip(self._blocks, self._layers, strict=True):
             block.forward = partial(self._run, block, layer)
             self._left.callback(vars(block).pop, "forward")

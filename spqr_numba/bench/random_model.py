@@ -1,21 +1,24 @@
 """Models that were never trained, of a known shape, made on the device where they run.
 
 A compressed one is packed from the start: no dense weight of it ever exists. Weights of one shape
-hold the same random numbers, each in memory of its own.
+hold the same random numbers, each in memory of its own; those that share an input have one order of
+columns, as in real models, where it comes from the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import SpqrConfig
 from ..format.layout import MatrixSpec, index_dtype
 from ..format.matrix import SpqrMatrix
-from ..model.blocks import find_blocks, plan
+from ..model.blocks import find_blocks, input_groups, plan
 from ..model.skeleton import build_skeleton, move_buffers
 from ..nn import SpqrLinear
 from .quantize import MODEL_SHAPES
@@ -64,11 +67,34 @@ def random_model(
 def compress_linears(model: Any, config: SpqrConfig, device: torch.device, outliers: float) -> None:
     """Put a random SpqrLinear into the place of every linear that `config` compresses."""
     known = cache(lambda spec: random_weight(spec, outliers, device))
-    for name, settings in plan(find_blocks(model), config).items():
+    settings_of = plan(find_blocks(model), config)
+    orders = random_orders(model.config, settings_of)
+    for name, settings in settings_of.items():
         linear = model.get_submodule(name)
         spec = MatrixSpec.from_config(settings, linear.out_features, linear.in_features)
         tensors = {name: tensor.clone() for name, tensor in known(spec).tensors.items()}
+        if name in orders:
+            tensors["permutation"].copy_(orders[name])
         model.set_submodule(name, SpqrLinear(SpqrMatrix(spec, tensors)))
+
+
+def random_orders(model_config: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Name -> permutation of a linear's inputs, the same for those that share them.
+
+    Which do, a twin that has neither weights nor results tells.
+    """
+    twin: Any = build_skeleton(model_config, torch.float16).to("meta")
+    linears = {name: twin.get_submodule(name) for name in names}
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        token = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+        groups = input_groups(linears, lambda: twin(token, use_cache=False))
+    random = torch.Generator().manual_seed(0)
+    orders: dict[str, torch.Tensor] = {}
+    for group in groups:
+        n = linears[group.names[0]].in_features
+        order = torch.randperm(n, generator=random).to(index_dtype(n))
+        orders |= dict.fromkeys(group.names, order)
+    return orders
 
 
 def fill_parameters(module: nn.Module, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +186,7 @@ class InputGroup:
     calls: int
 
 
-def input_groups(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[InputGroup]:
+def input_groups(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> list[InputGroup]:
     """The linears that share their inputs, in the order in which they run.
 
     `run` is one forward pass of their block. Two linears share an input when they are called with

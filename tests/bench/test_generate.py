@@ -12,9 +12,11 @@ from spqr_numba.bench.random_model import model_config, random_model, random_wei
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import CheckpointError, ConfigError
 from spqr_numba.format.layout import MatrixSpec
+from spqr_numba.model.blocks import find_blocks
 from spqr_numba.model.compress import compress
 from spqr_numba.nn import SpqrLinear
 
+from ..test_generate import tiny_family
 from ..tiny import save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
@@ -42,6 +44,27 @@ def test_a_random_model_runs(config: SpqrConfig | None) -> None:
     if config:
         addresses = {layer.codes.data_ptr() for layer in compressed}
         assert len(addresses) == len(compressed)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "falcon", "gemma2"])
+def test_linears_of_one_input_have_one_order(family: str) -> None:
+    settings = tiny_llama().config if family == "llama" else tiny_family(family).config
+    model = random_model(settings, SpqrConfig(), CPU, torch.float32)
+    orders: dict[bytes, list[str]] = {}
+    for name, layer in find_blocks(model).modules[1].named_modules():
+        if isinstance(layer, SpqrLinear):
+            order = layer.permutation.numpy().tobytes()
+            orders.setdefault(order, []).append(name.split(".")[-1])
+    found = sorted(sorted(names) for names in orders.values() if len(names) > 1)
+    assert (
+        found
+        == {
+            "llama": [["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"]],
+            "opt": [["k_proj", "q_proj", "v_proj"]],
+            "falcon": [["dense_h_to_4h", "query_key_value"]],
+            "gemma2": [["gate_proj", "up_proj"], ["k_proj", "q_proj", "v_proj"]],
+        }[family]
+    )
 
 
 def test_the_shape_of_a_model() -> None:
