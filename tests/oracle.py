@@ -447,7 +447,10 @@ def matmul(x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor | None = None
 
 
 def matmul_bound(
-    x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    matrix: SpqrMatrix,
+    bias: torch.Tensor | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Elementwise: how far from `matmul` a correct kernel with fp32 sums may end.
 
@@ -455,7 +458,8 @@ def matmul_bound(
     magnitudes, and as good as independent: four standard deviations are 2 sqrt(n) eps32 times it
     (Higham and Mary, 2019). A kernel may apply scale and zero to the sums of a group instead of
     to each weight, so the magnitudes are those of |x| scale code, |x| scale zero and |x| outlier.
-    The result is rounded once more, to the dtype of x.
+    The result is rounded once more, to the dtype of x. Where the weights are of another dtype than
+    fp32, each of these parts of one is rounded to it, which adds up as independent errors do.
     """
     parts = decode(matrix)
     group = np.arange(matrix.spec.in_features) // matrix.spec.group_size
@@ -464,6 +468,8 @@ def matmul_bound(
     magnitude[:, parts.permutation] = parts.scales[:, group] * steps + np.abs(parts.outliers)
     size = matmul(x.abs(), magnitude, None if bias is None else bias.abs())
     accumulation = 2 * (matrix.spec.in_features + 16) ** 0.5 * np.finfo(np.float32).eps * size
+    if weights != torch.float32:
+        accumulation += 4 * torch.finfo(weights).eps * matmul(x.double() ** 2, magnitude**2) ** 0.5
     result = np.abs(matmul(x, parts.weight, bias)) + accumulation
     rounding = torch.finfo(x.dtype).eps * result + torch.finfo(x.dtype).smallest_normal
     return accumulation + rounding

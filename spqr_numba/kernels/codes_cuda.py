@@ -16,6 +16,7 @@ from .ptx import Ptx, i32
 
 __all__ = [
     "SUBNORMAL_UNIT",
+    "both",
     "code_place",
     "exact_codes",
     "masked_codes",

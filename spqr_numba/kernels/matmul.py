@@ -18,12 +18,16 @@ lane: the reduction over columns never leaves a lane. A code costs a mask, a con
 then a shift, and a multiply-add for each input; without AVX-512 that, and not memory, sets the
 pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
 
-On a GPU a prepared weight (prepared.py) is multiplied from its codes as well, sixteen inputs at a
-time. From `ROUNDED_FROM` inputs on any weight is dequantized to the dtype of x, for the sake of
-tensor cores, and given to cuBLAS; one that cannot be prepared meets fewer inputs in fp32.
+On a GPU a prepared weight (prepared.py) is multiplied from its codes as well: up to sixteen inputs
+at once as exactly as above; more, on a Hopper GPU, by weights that are rounded to fp16 where tensor
+cores read them. From `DENSE_FROM` inputs on it pays to dequantize the whole weight to the dtype of
+x and leave the product to cuBLAS; other GPUs and other weights do so from `ROUNDED_FROM` inputs on.
+A weight that cannot be prepared meets fewer inputs in fp32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -76,12 +80,14 @@ from .unpack import (
 __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
-ROUNDED_FROM = 49  # on a GPU, as a start: up to three launches of sixteen inputs come before
+ROUNDED_FROM = 49  # on a GPU: up to three launches of sixteen inputs come before
+DENSE_FROM = 1024  # on a Hopper GPU, of prepared weights
 GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
 TILE_FLOATS = 2048  # sums of a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Product = Callable[[torch.Tensor, PreparedMatrix, torch.Tensor | None, torch.Tensor], None]
 
 
 def matmul_reference(x: np.ndarray, matrix: SpqrMatrix) -> np.ndarray:
@@ -361,22 +367,31 @@ def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | Non
 def multiply_prepared(
     x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`matmul` of a prepared weight: few inputs at once, many through the decoded weight."""
-    from .matmul_cuda import MOST_INPUTS, can_multiply, multiply_few
-
+    """`matmul` of a prepared weight: from its codes, but for very many inputs."""
     inputs = x.reshape(-1, weight.spec.in_features)
-    few = 0 < len(inputs) < ROUNDED_FROM and x.dtype != torch.float32
-    if not few or not can_multiply(weight, min(len(inputs), MOST_INPUTS)):
+    count = len(inputs)
+    multiply = None if x.dtype == torch.float32 else product_of(weight, count)
+    if multiply is None:
         return multiply_stored(x, weight, bias)
     inputs = inputs.detach().contiguous()
     if inputs.data_ptr() % GPU_LOAD_BYTES or inputs.shape[1] % (GPU_LOAD_BYTES // 2):
         inputs = aligned_rows(inputs)
     bias = None if bias is None else bias.detach().to(x.dtype)
-    y = x.new_empty(len(inputs), weight.spec.out_features)
-    for first in range(0, len(inputs), MOST_INPUTS):
-        some = slice(first, first + MOST_INPUTS)
-        multiply_few(inputs[some], weight, bias, y[some])
+    y = x.new_empty(count, weight.spec.out_features)
+    multiply(inputs, weight, bias, y)
     return y.view(*x.shape[:-1], -1)
+
+
+def product_of(weight: PreparedMatrix, count: int) -> Product | None:
+    """What multiplies so many inputs from a prepared weight's codes; None where none does."""
+    from .matmul_cuda import MOST_INPUTS, can_multiply, multiply_few, multiply_in_turns
+    from .matmul_many_cuda import can_multiply_many, multiply_many
+
+    if MOST_INPUTS < count < DENSE_FROM and can_multiply_many(weight):
+        return multiply_many
+    if not 0 < count < ROUNDED_FROM or not can_multiply(weight, min(count, MOST_INPUTS)):
+        return None
+    return multiply_few if count <= MOST_INPUTS else multiply_in_turns
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:

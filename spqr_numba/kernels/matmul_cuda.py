@@ -23,7 +23,7 @@ from .stream_cuda import KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
-__all__ = ["MOST_INPUTS", "RINGS", "can_multiply", "multiply_few"]
+__all__ = ["MOST_INPUTS", "RINGS", "can_multiply", "multiply_few", "multiply_in_turns"]
 
 MOST_INPUTS = 16
 ALIGNMENT = 128
@@ -46,6 +46,7 @@ class Call(NamedTuple):
 
 
 _CALLS: WeakKeyDictionary[PreparedMatrix, dict[Any, Call]] = WeakKeyDictionary()
+_FITS: WeakKeyDictionary[PreparedMatrix, dict[int, bool]] = WeakKeyDictionary()
 
 
 def multiply_few(
@@ -84,6 +85,15 @@ def multiply_few(
     )
 
 
+def multiply_in_turns(
+    x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """`multiply_few` of any number of inputs, a launch for each sixteen."""
+    for first in range(0, len(x), MOST_INPUTS):
+        some = slice(first, first + MOST_INPUTS)
+        multiply_few(x[some], weight, bias, out[some])
+
+
 def staged_operands(weight: PreparedMatrix, inputs: int, start: int) -> tuple[int, int, int]:
     """Where x', X and factors are in what several inputs are staged into."""
     sums = start + inputs * HALF_BYTES * weight.units * unit_columns(weight)
@@ -103,7 +113,11 @@ def unit_columns(weight: PreparedMatrix) -> int:
 def can_multiply(weight: PreparedMatrix, count: int) -> bool:
     """Whether so many inputs, or slabs of them, fit into the GPU's shared memory."""
     inputs = 1 if count == 1 else AT_ONCE * ceil_div(count, AT_ONCE)
-    return inputs <= MOST_INPUTS and next(plans(weight, torch.float16, inputs), None) is not None
+    known = _FITS.setdefault(weight, {})
+    if inputs not in known:
+        plan = next(plans(weight, torch.float16, inputs), None) if inputs <= MOST_INPUTS else None
+        known[inputs] = plan is not None
+    return known[inputs]
 
 
 def make_call(weight: PreparedMatrix, kind: torch.dtype, inputs: int) -> Call:

@@ -5,9 +5,10 @@
 
     out    fp32, fp16 or bf16 [rows, columns], columns as they are stored: permute the inputs
 
-A warp takes a unit of a tile: 16 rows, 32 groups. It copies it to shared memory and writes it
-(unit_numbers_cuda.py). Weights that have an outlier are written once more, from float32, so that
-each is rounded once: the lanes look through the run for entries of the unit.
+A warp takes a unit of a tile: 16 rows, 32 groups. It copies it to shared memory and writes it, an
+octet at a time, through shared memory once more (unit_numbers_cuda.py). Weights that have an
+outlier are written again, from float32, so that each is rounded once: the lanes look through the
+run for entries of the unit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from .prepared import (
     OCTET,
     PAIRS,
     QUARTERS,
-    UNIT_GROUPS,
     PreparedMatrix,
     pair_places,
 )
@@ -46,14 +46,14 @@ from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import decoded_statistic, float_to_bfloat, float_to_half, half_to_float, weight_of
 from .stream_cuda import WEIGHT, addresses, run_of, unit_filler
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
-from .unit_numbers_cuda import unit_writer
+from .unit_numbers_cuda import Copying, unit_writer
 
 __all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
 WARPS = 8
-BLOCKS_PER_SM = 3
+BLOCKS_PER_SM = {2: 3, 4: 2}  # by the bytes of a number
 NIBBLE = 4  # bits of an entry of a table in a number
 int32: Any = np.int32
 
@@ -64,12 +64,13 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
     """W_hat [out_features, in_features] of a dtype, columns in stored order; rows may lie apart."""
     spec = weight.spec
     unit = UnitSpec(spec.bits, spec.scale_bits, spec.group_size)
+    needed = WARPS * (unit.bytes + Copying(unit, dtype).bytes)
     width = spec.groups * spec.group_size
     out = torch.empty(spec.out_features, width, dtype=dtype, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream
     blocks = ceil_div(weight.tiles * weight.units, WARPS)
     launcher = launcher_of(unit, dtype, weight.device)
-    launcher.launch(blocks, WARPS * unit.bytes, stream, *addresses(weight), out.data_ptr(), width)
+    launcher.launch(blocks, needed, stream, *addresses(weight), out.data_ptr(), width)
     return out[:, : spec.in_features]
 
 
@@ -81,7 +82,7 @@ def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Lau
         SIGNATURE,
         device,
         threads=WARPS * LANES,
-        shared_bytes=WARPS * unit.bytes,
+        shared_bytes=WARPS * (unit.bytes + Copying(unit, dtype).bytes),
         early=False,
     )
 
@@ -90,10 +91,13 @@ def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Lau
 def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
     """kernel(weight, out, width): out is the address of [rows, width], whole groups."""
     fill_unit, wait, write_unit = unit_filler(spec), copies_done(0), unit_writer(spec, dtype)
-    add_outliers, unit_bytes, group_size = outlier_adder(spec, dtype), spec.bytes, spec.group_size
-    size = dtype.itemsize
+    add_outliers, unit_bytes = outlier_adder(spec, dtype), spec.bytes
+    size, copying = dtype.itemsize, Copying(spec, dtype)
+    loads_shift, load_columns = copying.loads.bit_length() - 1, LOAD_BYTES // size
+    rows_at_once, between_bytes = copying.rows, copying.bytes
+    columns = spec.columns
 
-    @cuda.jit(launch_bounds=(WARPS * LANES, BLOCKS_PER_SM))
+    @cuda.jit(launch_bounds=(WARPS * LANES, BLOCKS_PER_SM[size]))
     def kernel(weight, out, width):
         zero = shared_address(cuda.shared.array(0, np.uint16))
         thread = int32(cuda.threadIdx.x)
@@ -106,14 +110,13 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
             end_of_copies()
             wait()
             cuda.syncwarp()
-            row, group = (
-                int32(tile * TILE_ROWS + (lane >> 2)),
-                int32(unit * UNIT_GROUPS + (lane & 3)),
-            )
-            place = out + size * (np.int64(row) * width + group * group_size)
-            below = np.int64(8 * size) * width
-            rows, groups = int32(weight.rows - row), int32(divide(width, group_size) - group)
-            write_unit(at, lane, place, below, rows, groups)
+            between = int32(zero + WARPS * unit_bytes + warp * between_bytes)
+            row = int32(tile * TILE_ROWS + (lane >> loads_shift))
+            load = int32(lane & ((1 << loads_shift) - 1))
+            column = int32(unit * columns + load * load_columns)
+            place, step = out + size * (np.int64(row) * width + column), size * rows_at_once * width
+            rows, left = int32(weight.rows - row), int32(width - column)
+            write_unit(at, lane, between, place, np.int64(step), rows, left)
             cuda.syncwarp()
             if weight.runs:
                 add_outliers(weight, out, width, tile, unit, at, lane)

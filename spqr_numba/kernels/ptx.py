@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Ptx", "emit", "f32", "i32", "i64", "targets_gpu"]
+__all__ = ["Ptx", "effect", "emit", "f32", "i32", "i64", "targets_gpu"]
 
 WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
@@ -91,11 +91,21 @@ class Ptx:
         return self.emit(text, "=f,r", [FLOAT], [address], ordered=True)
 
     def store_shared_floats(self, address: ir.Value, values: list[ir.Value]) -> None:
-        """2 or 4 float32 to shared memory, at an i32 address that their size divides."""
+        """1, 2 or 4 float32 to shared memory, at an i32 address that their size divides."""
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
-        text = f"st.shared.v{len(values)}.f32 [$0], {{{names}}}"
+        wide, names = (f".v{len(values)}", f"{{{names}}}") if len(values) > 1 else ("", names)
+        text = f"st.shared{wide}.f32 [$0], {names}"
         constraints = ",".join(["r"] + ["f"] * len(values))
         self.emit(text, constraints, [], [address, *values], ordered=True)
+
+    def store_shared(self, address: ir.Value, words: list[ir.Value]) -> None:
+        """Four words to shared memory, at an i32 address that 16 divides."""
+        text = "st.shared.v4.b32 [$0], {$1, $2, $3, $4}"
+        self.emit(text, "r,r,r,r,r", [], [address, *words], ordered=True)
+
+    def meet_warp(self) -> None:
+        """Wait for the warp, and see what its lanes have written."""
+        self.emit("bar.warp.sync 0xffffffff", "~{memory}", [], [], ordered=True)
 
     def of_quad(self, word: ir.Value, lane: int) -> ir.Value:
         """The word that a lane of the own four has."""
@@ -132,6 +142,14 @@ class Ptx:
     def fma_halves(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """a * b + c of both fp16 halves, rounded once."""
         return self.emit("fma.rn.f16x2 $0, $1, $2, $3", "=r,r,r,r", [WORD], [a, b, c])
+
+    def negated(self, word: ir.Value) -> ir.Value:
+        """Both halves, of the other sign."""
+        return self.builder.xor(word, i32(0x80008000))
+
+    def bytes_of(self, word: ir.Value, chosen: ir.Value) -> ir.Value:
+        """Four bytes of a word, by their numbers, the lowest digit first."""
+        return self.emit("prmt.b32 $0, $1, 0, $2", "=r,r,r", [WORD], [word, chosen])
 
     def floats(self, word: ir.Value) -> list[ir.Value]:
         """Both fp16 halves of a word as float32."""
@@ -233,7 +251,7 @@ def divide(typingctx, one, other):
     return types.int32(types.int32, types.int32), codegen
 
 
-def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
+def effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
     """An intrinsic without a result, that nothing may move across."""
     signature_of = types.none(*arguments)
     letters = {types.uint16: "h", types.int32: "r", types.int64: "l", types.float32: "f"}
@@ -256,7 +274,7 @@ def _effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -
 def _storer(name: str, instruction: str, kind: str, doc: str) -> Any:
     """An intrinsic that stores a number of a kind: to an int64 address, of shared memory int32."""
     pointer = types.int32 if ".shared" in instruction else types.int64
-    return _effect(name, f"{instruction} [$0], $1", (pointer, KINDS[kind][0]), doc)
+    return effect(name, f"{instruction} [$0], $1", (pointer, KINDS[kind][0]), doc)
 
 
 store_int32 = _storer("store_int32", "st.global.b32", "int32", "int32 to an address.")
@@ -268,16 +286,23 @@ to_shared_float = _storer(
 to_shared_uint16 = _storer(
     "to_shared_uint16", "st.shared.b16", "uint16", "uint16 to shared memory."
 )
-clear_shared = _effect(
+clear_shared = effect(
     "clear_shared", "st.shared.b64 [$0], 0", (types.int32,), "Eight zero bytes to shared memory."
 )
-wait_for_dependencies = _effect(
+move_load = effect(
+    "move_load",
+    "{ .reg .b32 a, b, c, d; ld.shared.v4.b32 {a, b, c, d}, [$1];"
+    " st.global.v4.b32 [$0], {a, b, c, d}; }",
+    (types.int64, types.int32),
+    "16 bytes to an address, from shared memory.",
+)
+wait_for_dependencies = effect(
     "wait_for_dependencies",
     "griddepcontrol.wait",
     (),
     "Until what ran before has written its results.",
 )
-let_dependents_start = _effect(
+let_dependents_start = effect(
     "let_dependents_start", "griddepcontrol.launch_dependents", (), "What runs next may start."
 )
 
@@ -288,10 +313,10 @@ def copier(*distances: int) -> Any:
     to shared memory (int32), while the thread goes on."""
     copies = [f"cp.async.cg.shared.global [$0 + {at}], [$1 + {at}], 16;" for at in distances]
     text = "{ " + " ".join(copies) + " }"
-    return _effect("copy_ahead", text, (types.int32, types.int64), "Copy runs of 16 bytes.")
+    return effect("copy_ahead", text, (types.int32, types.int64), "Copy runs of 16 bytes.")
 
 
-end_of_copies = _effect(
+end_of_copies = effect(
     "end_of_copies",
     "cp.async.commit_group",
     (),
@@ -303,10 +328,10 @@ end_of_copies = _effect(
 def copies_done(groups: int) -> Any:
     """An intrinsic that waits for all groups of copies but the latest `groups`."""
     text = f"cp.async.wait_group {groups}"
-    return _effect("wait_for_copies", text, (), "Until earlier copies are there.")
+    return effect("wait_for_copies", text, (), "Until earlier copies are there.")
 
 
-prefetch = _effect("prefetch", "prefetch.global.L2 [$0]", (types.int64,), "Bring a line into L2.")
+prefetch = effect("prefetch", "prefetch.global.L2 [$0]", (types.int64,), "Bring a line into L2.")
 
 
 @intrinsic

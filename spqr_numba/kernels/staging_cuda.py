@@ -4,7 +4,8 @@
     X   float32  [groups]                      in units of 2^-24
 
 A block of threads stages one input in its shared memory. For one input each block of the product
-does so for itself; for several the kernel here does it once, into global memory.
+does so for itself; for several and for many the kernels here do it once, into global memory, for
+many in cores of eight inputs (wgmma_cuda.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from numba import types
 from .launch import numba_cuda
 from .prepared import ALL_LANES, LANES, UNIT_GROUPS
 from .ptx import (
+    divide,
     let_dependents_start,
     load_uint16,
     load_words,
+    move_load,
     shared_address,
     shared_int32,
     store_float,
@@ -31,11 +34,13 @@ from .ptx import (
 )
 from .scalars import bfloat_to_float, float_to_half, power_of_two
 from .stream_cuda import WEIGHT, KernelSpec
-from .unit_cuda import HALF_BYTES, group_summer
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, group_summer
 
 __all__ = [
+    "CORES",
     "STAGING",
     "ZERO_HALVES",
+    "cores_kernel",
     "padding_function",
     "staging_function",
     "staging_kernel",
@@ -56,7 +61,8 @@ STAGING = (
     types.int32,
     *(types.int64,) * 3,
 )
-"""The signature of `staging_kernel`'s kernel."""
+CORES = (WEIGHT, types.int64, *(types.int32,) * 3, types.int64, types.int64)
+"""The signatures of the kernels of `staging_kernel` and `cores_kernel`."""
 
 
 @cache
@@ -69,8 +75,7 @@ def staging_kernel(spec: KernelSpec) -> Any:
     """
     threads, early, unit_columns = spec.threads, spec.early, spec.unit.columns
     group_bytes = HALF_BYTES * spec.unit.group_size
-    stage, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
-    clear_padding = padding_function(spec)
+    stage_own, sum_group = own_staging_function(spec), group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
     def write_staged(start, columns, out, thread):
@@ -92,20 +97,10 @@ def staging_kernel(spec: KernelSpec) -> Any:
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
         start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
-        factor = np.float32(1)
         if early:  # what multiplies may fetch its weight meanwhile
             let_dependents_start()
-        clear_padding(weight, thread, zeros)
-        if early:
             wait_for_dependencies()
-        if own < count:
-            factor = stage(weight, x + np.int64(own) * step, thread, zeros)
-        else:
-            i = thread
-            while i < columns:
-                to_shared_uint16(int32(start + HALF_BYTES * i), np.uint16(0))
-                i = int32(i + threads)
-            cuda.syncthreads()
+        factor = stage_own(weight, x, step, count, own, thread, zeros)
         out = staged_out + np.int64(own) * columns * HALF_BYTES
         write_staged(start, columns, out, thread)
         groups = int32(weight.units * UNIT_GROUPS)
@@ -114,6 +109,56 @@ def staging_kernel(spec: KernelSpec) -> Any:
             store_float(factors_out + 4 * own, factor)
 
     return kernel
+
+
+@cache
+def cores_kernel(spec: KernelSpec) -> Any:
+    """kernel(weight, x, step, count, inputs, staged, factors), a block for each input.
+
+    x as for `staging_kernel`. staged: address of x' as fp16 [blocks of inputs, columns padded to
+    units / 8, inputs, 8].
+    """
+    threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
+
+    @cuda.jit(launch_bounds=(threads, 1))
+    def kernel(weight, x, step, count, inputs, staged_out, factors_out):
+        zeros = shared_address(cuda.shared.array(0, np.uint16))
+        thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+        factor = stage_own(weight, x, step, count, own, thread, zeros)
+        start, loads = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
+        loads, block = int32(loads >> 3), divide(own, inputs)
+        first = np.int64(block) * loads * inputs + int32(own - block * inputs)
+        i = thread
+        while i < loads:
+            place = staged_out + LOAD_BYTES * (first + np.int64(i) * inputs)
+            move_load(place, int32(start + LOAD_BYTES * i))
+            i = int32(i + threads)
+        if thread == 0:
+            store_float(factors_out + 4 * own, factor)
+
+    return kernel
+
+
+def own_staging_function(spec: KernelSpec) -> Any:
+    """stage_own(weight, x, step, count, own, thread, zeros) -> factor: input `own`, and what is
+    behind its columns; all zeros where there is no such input."""
+    threads, unit_columns = spec.threads, spec.unit.columns
+    stage, clear_padding = staging_function(spec), padding_function(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def stage_own(weight, x, step, count, own, thread, zeros):
+        clear_padding(weight, thread, zeros)
+        if own < count:
+            return stage(weight, x + np.int64(own) * step, thread, zeros)
+        start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
+        i = thread
+        while i < columns:
+            to_shared_uint16(int32(start + HALF_BYTES * i), np.uint16(0))
+            i = int32(i + threads)
+        cuda.syncthreads()
+        return np.float32(1)
+
+    return stage_own
 
 
 def staging_function(spec: KernelSpec) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -131,6 +132,16 @@ class Item(NamedTuple):
 
 def addresses(weight: PreparedMatrix) -> Weight:
     """The kernel's view of a weight."""
+    if weight not in _ADDRESSES:
+        _ADDRESSES[weight] = find_addresses(weight)
+    return _ADDRESSES[weight]
+
+
+_ADDRESSES: WeakKeyDictionary[PreparedMatrix, Weight] = WeakKeyDictionary()
+
+
+def find_addresses(weight: PreparedMatrix) -> Weight:
+    """What `addresses` finds once."""
     spec, tensors = weight.spec, weight.tensors
     pointers = {name: tensors[name].data_ptr() if name in tensors else 0 for name in BUFFERS}
     return Weight(

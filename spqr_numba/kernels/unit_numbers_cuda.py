@@ -1,12 +1,15 @@
 """A unit of a prepared weight (prepared.py) as numbers: what a warp writes of it.
 
 A lane owns whole groups of the rows g and g + 8, t and t + 4 of each octet. It takes their scales
-and zeros from the lane of the quad that has decoded them, and writes 16 bytes at a time. Each
-weight is scale * (code - zero) in float32, bit for bit as elsewhere, and rounded to its dtype.
+and zeros from the lane of the quad that has decoded them, and writes 16 bytes at a time to shared
+memory: for products with many inputs to stay there, else to pass through it, since global memory
+takes whole rows of an octet better. There each weight is scale * (code - zero) in float32, bit for
+bit as elsewhere, and rounded to its dtype.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,67 +18,169 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
+from .codes_cuda import SUBNORMAL_UNIT, both, code_place, exact_codes, masked_pair
 from .prepared import LANES, OCTET, QUARTERS
 from .ptx import Ptx, f32, i32, i64
-from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
+from .runs import TILE_ROWS
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed, unpacked
 
-__all__ = ["unit_writer"]
+__all__ = ["Copying", "half_decoder", "half_writer", "unit_writer"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
 
 
+@dataclass(frozen=True)
+class Copying:
+    """How an octet goes from shared to global memory: 16 bytes a lane, row by row."""
+
+    spec: UnitSpec
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> int:
+        """Of an octet."""
+        return OCTET * self.spec.group_size
+
+    @property
+    def loads(self) -> int:
+        """Of a row."""
+        return self.columns * self.dtype.itemsize // LOAD_BYTES
+
+    @property
+    def rows(self) -> int:
+        """That a warp copies at once."""
+        return LANES // self.loads
+
+    @property
+    def row_bytes(self) -> int:
+        """In shared memory: one load more, so that rows begin at banks of their own."""
+        return (self.loads + 1) * LOAD_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """Of shared memory."""
+        return TILE_ROWS * self.row_bytes
+
+
 @cache
 def unit_writer(spec: UnitSpec, dtype: torch.dtype) -> Any:
-    """write_unit(unit, lane, out, below, rows, groups): a lane's part of a unit, to global memory.
+    """write_unit(unit, lane, between, out, step, rows, columns): a unit, to global memory.
 
-    unit: shared address of its bytes; out: address of the first weight of row g and the group t;
-    below: bytes from there to row g + 8; rows, groups: how many there are from these on.
+    unit, between: shared addresses of its bytes and of what an octet passes through; out: address
+    of the first 16 bytes that the lane copies; step: bytes from there to the next; rows, columns:
+    how many there are from these on.
     """
 
     @intrinsic
-    def write_unit(typingctx, unit, lane, out, below, rows, groups):
+    def write_unit(typingctx, unit, lane, between, out, step, rows, columns):
         def codegen(context, builder, signature, arguments):
-            UnitOfNumbers(Ptx(builder), spec, dtype, *arguments).write()
+            UnitOfNumbers(Ptx(builder), Copying(spec, dtype), *arguments).write()
             return context.get_dummy_value()
 
-        words, addresses = (types.int32,) * 2, (types.int64,) * 2
-        return types.none(*words, *addresses, *words), codegen
+        words, addresses = types.int32, types.int64
+        return types.none(*(words,) * 3, addresses, addresses, words, words), codegen
 
     return write_unit
 
 
-class UnitOfNumbers(Unit):
-    """A unit, to be written as numbers of a dtype."""
+@cache
+def half_decoder(spec: UnitSpec, octet: int, half: int) -> Any:
+    """decode(codes, statistics, lane) -> words: the lane's group of an octet of the unit, t for
+    half 0 and t + 4 for half 1, as fp16 by twos, first of row g, then of row g + 8.
 
-    def __init__(self, ptx, spec, dtype, unit, lane, out, below, rows, groups) -> None:
-        super().__init__(ptx, spec, unit, lane)
+    codes, statistics: shared addresses of the octet's block and of the unit's statistics.
+    """
+
+    @intrinsic
+    def decode(typingctx, codes, statistics, lane):
+        result = types.UniTuple(types.int32, spec.group_size)
+
+        def codegen(context, builder, signature, arguments):
+            return packed(builder, HalfOctet(Ptx(builder), spec, *arguments).decode(octet, half))
+
+        return result(*(types.int32,) * 3), codegen
+
+    return decode
+
+
+@cache
+def half_writer(spec: UnitSpec, column_step: int) -> Any:
+    """write(out, lane, words): what `half_decoder` gave, to shared memory in cores (wgmma_cuda.py).
+
+    out: shared address of the first 16 bytes of the tile's first row.
+    """
+
+    @intrinsic
+    def write(typingctx, out, lane, words):
+        def codegen(context, builder, signature, arguments):
+            out, lane, words = arguments
+            put_half(Ptx(builder), spec, column_step, out, lane, unpacked(builder, words))
+            return context.get_dummy_value()
+
+        return types.none(types.int32, types.int32, words), codegen
+
+    return write
+
+
+class UnitOfNumbers(Unit):
+    """A whole unit, to global memory."""
+
+    def __init__(self, ptx, copying, unit, lane, between, out, step, rows, columns) -> None:
+        super().__init__(ptx, copying.spec, unit, lane)
         self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
-        self.dtype, self.groups = dtype, groups
-        self.outs = out, self.builder.add(out, below)
-        self.row_is_there = [self.builder.icmp_signed(">", rows, i32(8 * row)) for row in range(2)]
-        low = self.builder.lshr(self.in_quad, i32(1))
-        self.sources = low, self.builder.add(low, i32(2))  # lanes that decode groups t and t + 4
-        self.shift = self.times(self.builder.and_(self.in_quad, i32(1)), 16)
+        self.copying, self.out, self.step = copying, out, step
+        self.rows, self.columns = rows, columns
+        row, place = self.builder.lshr(lane, i32(2)), self.times(self.in_quad, self.group_bytes)
+        self.to = self.builder.add(
+            between, self.builder.add(self.times(row, copying.row_bytes), place)
+        )
+        copied = self.builder.lshr(lane, i32(copying.loads.bit_length() - 1))
+        load = self.builder.and_(lane, i32(copying.loads - 1))
+        place = self.builder.add(
+            self.times(copied, copying.row_bytes), self.times(load, LOAD_BYTES)
+        )
+        self.back = self.builder.add(between, place)
+        self.sources, odd = owners(self)
+        self.shift = self.times(odd, 16)
+
+    @property
+    def group_bytes(self) -> int:
+        """Of a row."""
+        return self.copying.spec.group_size * self.copying.dtype.itemsize
 
     def write(self) -> None:
-        """Block by block, octet by octet, a group of a row at a time."""
+        """Block by block, octet by octet."""
         spec = self.spec
         for block in range(spec.blocks):
-            words = [
-                self.ptx.load_shared(
-                    self.at(self.codes, block * spec.block_bytes + word * LANES * LOAD_BYTES)
-                )
-                for word in range(spec.bits)
-            ]
+            words = loaded_words(self, self.at(self.codes, block * spec.block_bytes))
             for octet in range(spec.octets):
-                statistics = self.decoded(block * spec.octets + octet)
-                for half in range(2):
-                    group = (block * spec.octets + octet) * OCTET + 4 * half
-                    for row in range(2):
-                        scale, zero = (self.own(word, half) for word in statistics[row])
-                        numbers = self.numbers(words, octet, half, row, scale, zero)
-                        self.store(group, row, numbers)
+                self.put_octet(words, octet, self.decoded(block * spec.octets + octet))
+                self.ptx.meet_warp()
+                self.copy_octet(block * spec.octets + octet)
+                self.ptx.meet_warp()
+
+    def put_octet(self, words: list, octet: int, statistics: list) -> None:
+        """To shared memory, a group of a row at a time."""
+        for half in range(2):
+            for row in range(2):
+                scale, zero = (self.own(word, half) for word in statistics[row])
+                numbers = self.rounded(self.numbers(words, octet, half, row, scale, zero))
+                first = 8 * row * self.copying.row_bytes + 4 * half * self.group_bytes
+                for i in range(0, len(numbers), LOAD_WORDS):
+                    place = self.at(self.to, first + i * WORD_BYTES)
+                    self.ptx.store_shared(place, numbers[i : i + LOAD_WORDS])
+
+    def copy_octet(self, octet: int) -> None:
+        """To global memory, what is there of it."""
+        copying, out = self.copying, self.out
+        column = i32(octet * copying.columns)
+        in_unit = self.builder.icmp_signed(">", self.columns, column)
+        out = self.builder.add(out, i64(octet * copying.loads * LOAD_BYTES))
+        for row in range(0, TILE_ROWS, copying.rows):
+            words = self.ptx.load_shared(self.at(self.back, row * copying.row_bytes))
+            there = self.builder.icmp_signed(">", self.rows, i32(row))
+            self.ptx.store_global_where(self.builder.and_(there, in_unit), out, words)
+            out = self.builder.add(out, self.step)
 
     def own(self, word: ir.Value, half: int) -> ir.Value:
         """The float32 of the group t or t + 4, from the lane that has two groups in a word."""
@@ -100,17 +205,80 @@ class UnitOfNumbers(Unit):
                     found.append(self.builder.fmul(scale, steps))
         return found
 
-    def store(self, group: int, row: int, numbers: list[ir.Value]) -> None:
-        """To the row, where it and the group are there."""
-        there = self.builder.icmp_signed(">", self.groups, i32(group))
-        there = self.builder.and_(there, self.row_is_there[row])
-        if self.dtype == torch.float32:
-            words = [self.ptx.word_of(number) for number in numbers]
-        else:
-            kind = "bf16" if self.dtype == torch.bfloat16 else "f16"
-            pairs = zip(numbers[::2], numbers[1::2], strict=True)
-            words = [self.ptx.rounded_pair(low, high, kind) for low, high in pairs]
-        first = len(words) * WORD_BYTES * group
-        for i in range(0, len(words), LOAD_WORDS):
-            place = self.builder.add(self.outs[row], i64(first + i * WORD_BYTES))
-            self.ptx.store_global_where(there, place, words[i : i + LOAD_WORDS])
+    def rounded(self, numbers: list[ir.Value]) -> list[ir.Value]:
+        """Words of numbers of the dtype."""
+        if self.copying.dtype == torch.float32:
+            return [self.ptx.word_of(number) for number in numbers]
+        kind = "bf16" if self.copying.dtype == torch.bfloat16 else "f16"
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        return [self.ptx.rounded_pair(low, high, kind) for low, high in pairs]
+
+
+class HalfOctet(Unit):
+    """Four groups of an octet, one a lane of each quad, two weights at a time in halves:
+    scale * code + (-scale * zero), both rounded."""
+
+    def __init__(self, ptx, spec, codes, statistics, lane) -> None:
+        unit = ptx.builder.add(statistics, i32(-spec.blocks * spec.block_bytes))
+        super().__init__(ptx, spec, unit, lane)
+        self.codes = self.builder.add(codes, self.times(lane, LOAD_BYTES))
+        self.sources, odd = owners(self)
+        self.chosen = self.builder.add(self.times(odd, 0x2222), i32(0x1010))  # bytes of both halves
+
+    def decode(self, octet: int, half: int) -> list[ir.Value]:
+        """Words of row g, then of row g + 8."""
+        pairs, words = self.pairs(octet % self.spec.octets, half), []
+        for row, statistics in enumerate(self.decoded(octet)):
+            scale, zero = (self.own(word, half) for word in statistics)
+            minus = self.ptx.fma_halves(self.ptx.negated(scale), zero, both(-0.0))
+            words += [self.ptx.fma_halves(code, scale, minus) for code in pairs[row]]
+        return words
+
+    def own(self, word: ir.Value, half: int) -> ir.Value:
+        """The halves of the group t or t + 4, twice."""
+        word = self.ptx.of_quad_lane(word, self.sources[half])
+        return self.ptx.bytes_of(word, self.chosen)
+
+    def pairs(self, octet: int, half: int) -> list[list[ir.Value]]:
+        """Codes of a group of rows g and g + 8, by twos, as halves."""
+        loaded = loaded_words(self, self.codes)
+        found: list[list[ir.Value]] = [[], []]
+        operands = range(octet * self.spec.pairs, (octet + 1) * self.spec.pairs)
+        which = [4 * operand + 2 * half + row for operand in operands for row in range(2)]
+        for quarter in range(QUARTERS):
+            codes = exact_codes(self.ptx, [word[quarter] for word in loaded], which)
+            for row in range(2):
+                found[row] += codes[row::2]
+        return found
+
+
+def put_half(
+    ptx: Ptx,
+    spec: UnitSpec,
+    column_step: int,
+    out: ir.Value,
+    lane: ir.Value,
+    words: list[ir.Value],
+) -> None:
+    """What `half_writer` writes: a row of eight columns is 16 bytes, rows of eight a core."""
+    builder, loads = ptx.builder, len(words) // (2 * LOAD_WORDS)
+    row, in_quad = builder.lshr(lane, i32(2)), builder.and_(lane, i32(3))
+    place = builder.mul(in_quad, i32(loads * column_step))
+    place = builder.add(builder.add(out, place), builder.mul(row, i32(LOAD_BYTES)))
+    for i in range(2 * loads):
+        lower, load = divmod(i, loads)
+        distance = load * column_step + lower * OCTET * LOAD_BYTES
+        some = words[i * LOAD_WORDS : (i + 1) * LOAD_WORDS]
+        ptx.store_shared(builder.add(place, i32(distance)), some)
+
+
+def owners(unit: Unit) -> tuple[tuple[ir.Value, ir.Value], ir.Value]:
+    """Lanes of the quad that decode the groups t and t + 4, and whether as the second of two."""
+    low = unit.builder.lshr(unit.in_quad, i32(1))
+    return (low, unit.builder.add(low, i32(2))), unit.builder.and_(unit.in_quad, i32(1))
+
+
+def loaded_words(unit: Unit, block: ir.Value) -> list[list[ir.Value]]:
+    """The lane's words of a block, by quarters."""
+    step = LANES * LOAD_BYTES
+    return [unit.ptx.load_shared(unit.at(block, word * step)) for word in range(unit.spec.bits)]

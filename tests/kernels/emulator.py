@@ -3,8 +3,8 @@
 A kernel's Python is run as it stands, by as many threads as a block has. What PTX would do is here
 in NumPy: the lanes of a warp meet where they execute something together, and one of them does it on
 arrays of 32. Shared memory is as large as was asked for, and full of NaN at first. Copies ahead
-arrive at either end of what a GPU may do: at once ("early"), or not until they are waited for
-("late").
+arrive, and products of tensor cores happen, at either end of what a GPU may do: at once ("early"),
+or not until they are waited for ("late").
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ KERNELS = (
     "product_cuda",
     "prepared_cuda",
     "matmul_cuda",
+    "many_cuda",
+    "matmul_many_cuda",
 )  # that `jit` sees
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
 MULTIPROCESSORS = 1
 LANES = 32
+WARPGROUP = 128
 LOAD_BYTES = 16
 WORD, FLOAT, HALF = np.uint32, np.float32, np.float16
 here = threading.local()  # the running thread: its block, warp, lane and copies
@@ -90,6 +93,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "store_uint16": partial(write, ctypes.c_uint16, int),
             "store_int32": partial(write, ctypes.c_int32, int),
             "store_float": partial(write, ctypes.c_float, float),
+            "move_load": move_load,
             "copier": partial(copier, late),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
@@ -115,7 +119,19 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "entries_adder": entries_adder,
             "pairs_adder": pairs_adder,
         },
-        "unit_numbers_cuda": constants | {"unit_writer": unit_writer},
+        "unit_numbers_cuda": constants
+        | {
+            "unit_writer": unit_writer,
+            "half_decoder": half_decoder,
+            "half_writer": half_writer,
+        },
+        "wgmma_cuda": {
+            "i32": constants["i32"],
+            "warpgroup_product": partial(warpgroup_product, late),
+            "products_done": products_done,
+            "sums_writer": sums_writer,
+            "let_tensor_cores_see": lambda: None,
+        },
         "unit_several_cuda": words_and_floats,
         "codes_cuda": {"i32": constants["i32"]},
     }
@@ -132,24 +148,27 @@ class Block:
         self.memory = np.full(shared_bytes, 0xFF, np.uint8)
         self.arrays: dict[Any, np.ndarray] = {}
         self.barrier = threading.Barrier(threads)
-        self.warps = [Warp() for _ in range(threads // LANES)]
+        self.warps = [Meeting(LANES) for _ in range(threads // LANES)]
+        self.warpgroups = [Meeting(WARPGROUP) for _ in range(threads // WARPGROUP)]
 
 
-class Warp:
-    """Where 32 lanes meet."""
+class Meeting:
+    """Where the threads of a warp, or of a warpgroup, meet."""
 
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(LANES)
-        self.given: list[Any] = [None] * LANES
+    def __init__(self, threads: int) -> None:
+        self.barrier = threading.Barrier(threads)
+        self.given: list[Any] = [None] * threads
         self.results: Any = None
+        self.pending: list[Callable[[], None]] = []  # products of a warpgroup
 
-    def together(self, function: Callable[[list[Any]], Any], given: Any) -> Any:
-        """What `function` of all lanes' arguments has for this lane."""
-        self.given[here.lane] = given
+    def together(self, function: Callable[[list[Any]], Any], given: Any = None) -> Any:
+        """What `function` of all threads' arguments has for this one."""
+        own = here.number % len(self.given)
+        self.given[own] = given
         if self.barrier.wait() == 0:
             self.results = function(list(self.given))
         self.barrier.wait()
-        return self.results[here.lane]
+        return self.results[own]
 
 
 class Launcher:
@@ -188,14 +207,15 @@ class Launcher:
     def run_thread(self, block: Block, number: int, arguments: list[Any], errors: list) -> None:
         """One thread, from start to end; an error lets none of the others wait for it."""
         here.block, here.number = block, number
-        here.warp, here.lane, here.copies = block.warps[number // LANES], number % LANES, [[]]
+        here.warp, here.copies = block.warps[number // LANES], [[]]
+        here.warpgroup = (block.warpgroups or [None])[number // WARPGROUP]
         try:
             with np.errstate(all="ignore"):
                 self.kernel(*arguments)
         except BaseException as error:  # a thread has nobody to raise it to
             errors.append(error)
-            for barrier in (block.barrier, *(warp.barrier for warp in block.warps)):
-                barrier.abort()
+            for meeting in (block, *block.warps, *block.warpgroups):
+                meeting.barrier.abort()
 
 
 class Cuda:
@@ -236,6 +256,11 @@ class Cuda:
         """The value of the lane whose number differs in these bits."""
         return here.warp.together(lambda all_: [all_[i ^ distance] for i in range(LANES)], value)
 
+    @staticmethod
+    def shfl_sync(lanes: int, value: Any, lane: int) -> Any:
+        """The value of one lane."""
+        return here.warp.together(lambda all_: [all_[lane]] * LANES, value)
+
     class shared:  # noqa: N801 - numba's name
         """Shared memory."""
 
@@ -260,6 +285,12 @@ def load_words(address: int) -> tuple[Any, ...]:
     """Four int32."""
     assert int(address) % LOAD_BYTES == 0
     return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
+
+
+def move_load(address: int, source: Any) -> None:
+    """Four words from shared memory."""
+    assert int(address) % LOAD_BYTES == int(source) % LOAD_BYTES == 0
+    ctypes.memmove(int(address), here.block.memory.ctypes.data + int(source), LOAD_BYTES)
 
 
 def shared(dtype: Any, address: Any) -> Any:
@@ -329,6 +360,75 @@ def decoded_statistic(code: Any, step: Any, base: Any) -> Any:
     return FLOAT(HALF(FLOAT(np.float64(code) * step + base)))
 
 
+# --- Products of a warpgroup, whose operands are read when they happen
+
+
+def warpgroup_product(late: bool, inputs: int, steps: int, a: Any, b: Any) -> Callable[..., Any]:
+    """wgmma_cuda.warpgroup_product; sums are arrays of one number, which a product fills."""
+
+    def start(group: Meeting, memory: np.ndarray, given: list[Any]) -> Any:
+        sums, a_starts, b_starts = zip(*given, strict=True)
+        assert len({*a_starts}) == len({*b_starts}) == 1
+        grown = [[np.full((), np.nan, FLOAT) for _ in own] for own in sums]
+
+        def happen() -> None:
+            left = operand(memory, a_starts[0], a, WARPGROUP // 2, steps)
+            right = operand(memory, b_starts[0], b, inputs, steps)
+            product = left @ right.T  # [w, half, g, j, t, pair] to [w, g, t], [j, half, pair]
+            product = product.reshape(4, 2, 8, -1, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+            more = product.reshape(WARPGROUP, -1)
+            for own, before, new in zip(grown, sums, more, strict=True):
+                for place, old, value in zip(own, before, new, strict=True):
+                    place[...] = FLOAT(old + value)
+
+        group.pending.append(happen)
+        if not late:
+            happen_all(group, 0)
+        return grown
+
+    def multiply(*given: Any) -> Any:
+        group = here.warpgroup
+        return tuple(group.together(partial(start, group, here.block.memory), given))
+
+    return multiply
+
+
+def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int, steps: int) -> np.ndarray:
+    """float64 [rows, 16 steps] from cores."""
+    row, column = np.ogrid[:rows, : 16 * steps]
+    place = row // 8 * tiled.row_step + row % 8 * 16 + column // 8 * tiled.column_step
+    place = int(start) + place + column % 8 * 2
+    return memory[: len(memory) // 8 * 8].view(HALF)[place // 2].astype(np.float64)
+
+
+def happen_all(group: Meeting, pending: int) -> None:
+    """All products but the latest."""
+    while len(group.pending) > pending:
+        group.pending.pop(0)()
+
+
+def products_done(pending: int) -> Callable[[], None]:
+    """wgmma_cuda.products_done."""
+
+    def wait() -> None:
+        group = here.warpgroup
+        group.together(lambda given: [happen_all(group, pending)] * len(given))
+
+    return wait
+
+
+def sums_writer(row_floats: int) -> Callable[..., None]:
+    """wgmma_cuda.sums_writer, of one lane."""
+    from spqr_numba.kernels.wgmma_cuda import put_sums
+
+    def put(out: Any, lane: Any, sums: Any) -> None:
+        words = [np.array([int(number)]).astype(WORD) for number in (out, lane)]
+        values = [np.array([FLOAT(value)]) for value in sums]
+        put_sums(Instructions(here.block.memory), row_floats, *words, values)  # type: ignore[arg-type]
+
+    return put
+
+
 # --- Instructions, on arrays of 32 lanes
 
 
@@ -347,14 +447,40 @@ def unit_multiplier(spec: Any, kind: Any) -> Callable[..., Any]:
 
 def unit_writer(spec: Any, dtype: Any) -> Callable[..., None]:
     """unit_numbers_cuda.unit_writer."""
-    from spqr_numba.kernels.unit_numbers_cuda import UnitOfNumbers
+    from spqr_numba.kernels.unit_numbers_cuda import Copying, UnitOfNumbers
 
     def run(memory: np.ndarray, given: list[Any]) -> list[None]:
-        unit, lane, out, below, rows, groups = (np.array(part) for part in zip(*given, strict=True))
-        words = (part.astype(WORD) for part in (unit, lane))
-        counts = (part.astype(WORD) for part in (rows, groups))
+        parts = [np.array(part) for part in zip(*given, strict=True)]
+        words = [part if i in (3, 4) else part.astype(WORD) for i, part in enumerate(parts)]
         with np.errstate(all="ignore"):
-            UnitOfNumbers(Instructions(memory), spec, dtype, *words, out, below, *counts).write()
+            UnitOfNumbers(Instructions(memory), Copying(spec, dtype), *words).write()
+        return [None] * LANES
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
+
+
+def half_decoder(spec: Any, octet: int, half: int) -> Callable[..., Any]:
+    """unit_numbers_cuda.half_decoder."""
+    from spqr_numba.kernels.unit_numbers_cuda import HalfOctet
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
+        places = (np.array(part).astype(WORD) for part in zip(*given, strict=True))
+        with np.errstate(all="ignore"):
+            words = HalfOctet(Instructions(memory), spec, *places).decode(octet, half)
+        return list(zip(*words, strict=True))
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
+
+
+def half_writer(spec: Any, column_step: int) -> Callable[..., None]:
+    """unit_numbers_cuda.half_writer."""
+    from spqr_numba.kernels.unit_numbers_cuda import put_half
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[None]:
+        out, lane, words = zip(*given, strict=True)
+        places = (np.array(part).astype(WORD) for part in (out, lane))
+        columns = [np.array(word) for word in zip(*words, strict=True)]
+        put_half(Instructions(memory), spec, column_step, *places, columns)  # type: ignore[arg-type]
         return [None] * LANES
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
@@ -464,6 +590,15 @@ class Instructions:
         for i, value in enumerate(values):
             self.memory[: len(self.memory) // 8 * 8].view(FLOAT)[address // 4 + i] = value
 
+    def store_shared(self, address: np.ndarray, words: list[np.ndarray]) -> None:
+        """Four words."""
+        assert (address % LOAD_BYTES == 0).all()
+        for i, word in enumerate(words):
+            self.memory[: len(self.memory) // 8 * 8].view(WORD)[address // 4 + i] = word
+
+    def meet_warp(self) -> None:
+        """Nothing: lanes do everything together."""
+
     def of_quad(self, word: np.ndarray, lane: int) -> np.ndarray:
         """The word of a lane of each four."""
         return word.reshape(-1, 4)[:, lane].repeat(4)
@@ -501,6 +636,18 @@ class Instructions:
         """a * b + c of both halves."""
         a, b, c = (halves(word).astype(np.float64) for word in np.broadcast_arrays(a, b, c))
         return np.ascontiguousarray((a * b + c).astype(HALF)).view(WORD)[..., 0]
+
+    def negated(self, word: np.ndarray) -> np.ndarray:
+        """Both halves, of the other sign."""
+        return word ^ WORD(0x80008000)
+
+    def bytes_of(self, word: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Four bytes by their numbers."""
+        digits = [chosen >> WORD(4 * i) & WORD(3) for i in range(4)]
+        parts = [
+            (word >> digit * WORD(8) & WORD(0xFF)) << WORD(8 * i) for i, digit in enumerate(digits)
+        ]
+        return parts[0] | parts[1] | parts[2] | parts[3]
 
     def floats(self, word: np.ndarray) -> list[np.ndarray]:
         """Both halves."""

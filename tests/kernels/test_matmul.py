@@ -34,13 +34,13 @@ def assert_right(
 ) -> None:
     """y has the shape, dtype and device of the product, and each element is within its bound.
 
-    weights: what W_hat, which is exact in fp32, is rounded to first.
+    weights: the dtype of what W_hat, which is exact in fp32, is made of.
     """
     assert y.shape == (*x.shape[:-1], matrix.spec.out_features)
     assert (y.dtype, y.device) == (x.dtype, x.device)
-    weight = torch.from_numpy(oracle.decode(matrix).weight).to(weights)
-    expected = oracle.matmul(x, weight.double().numpy(), bias)
-    excess = np.abs(y.double().cpu().numpy() - expected) / oracle.matmul_bound(x, matrix, bias)
+    expected = oracle.matmul(x, oracle.decode(matrix).weight, bias)
+    bound = oracle.matmul_bound(x, matrix, bias, weights)
+    excess = np.abs(y.double().cpu().numpy() - expected) / bound
     assert excess.size == 0 or excess.max() <= 1, f"{excess.max():.2f} times the bound"
 
 

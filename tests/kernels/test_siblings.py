@@ -11,13 +11,14 @@ from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import InputError
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.dequantize import dequantize
-from spqr_numba.kernels.matmul import ROUNDED_FROM, matmul, multiply_prepared
+from spqr_numba.kernels.matmul import matmul, multiply_prepared
 from spqr_numba.kernels.prepared import PreparedMatrix, prepare
 from spqr_numba.kernels.siblings import join, kinship, whole_of
 
 from ..problems import make_spec
 from .emulator import emulated
 from .test_matmul import assert_right, make_x
+from .test_matmul_cuda import weights_of
 
 ROWS = (48, 16, 32)
 SETTINGS = pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_products(
     whole = whole_of(parts)
     assert whole is not None
     x = make_x(batch, columns, dtype=dtype)
-    weights = dtype if batch >= ROUNDED_FROM else torch.float32
+    weights = weights_of(batch, dtype)
     for weight in (whole, *parts):
         matrix = weight.canonical().to("cpu")
         assert_right(matmul(x.cuda(), weight).cpu(), x, matrix, weights=weights)

@@ -1,0 +1,70 @@
+"""The product of a prepared weight with many inputs: its PTX, and what it gives.
+
+PTX needs the package numba-cuda, and no GPU; emulator.py runs small cases with neither.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from spqr_numba.kernels.matmul import aligned_rows
+from spqr_numba.kernels.prepared import prepare
+
+from ..gpu import HOPPER, assert_no_spills, needs_numba_cuda, ptx_of
+from .emulator import emulated
+from .test_matmul import assert_right, make_x
+from .test_matmul_cuda import CASES, build, run
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "splits", "dtype", "arrival"),
+    [
+        ("no outliers", 2, 1, torch.bfloat16, "early"),
+        ("all outliers in one row", 33, 2, torch.float16, "late"),
+        ("4 bit", 5, 2, torch.float16, "late"),
+        ("group 8, stats 64", 7, 3, torch.bfloat16, "late"),
+    ],
+    ids=str,
+)
+def test_emulated(name: str, batch: int, splits: int, dtype: torch.dtype, arrival: str) -> None:
+    matrix = build(name)
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
+    bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
+    y = torch.full((batch, matrix.spec.out_features), float("nan"), dtype=dtype)
+    with emulated(arrival, "matmul_many_cuda") as room:
+        room.splits_of = lambda units, blocks, device: splits
+        room.multiply_many(aligned_rows(x), prepare(matrix), bias, y)
+    assert_right(y, x, matrix, bias, torch.float16)
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize(
+    ("bits", "group_size", "inputs"), [(3, 16, 128), (2, 16, 32), (4, 16, 64), (3, 8, 128)]
+)
+def test_ptx(bits: int, group_size: int, inputs: int, tmp_path: Path) -> None:
+    """Products of warpgroups and copies of 16 bytes; no float64, nothing in local memory, no
+    spills, and no product that waits for the one before it."""
+    from spqr_numba.kernels.many_cuda import SIGNATURE, ManySpec, many_kernel
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    spec = ManySpec(UnitSpec(bits, bits, group_size), inputs, torch.float16)
+    kernel = many_kernel.__wrapped__(spec)
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx = ptx_of(kernel, SIGNATURE, HOPPER, launch_bounds=bounds)
+    products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n{inputs}k16\.f32\.f16\.f16", ptx)
+    assert products
+    assert len(products) % (group_size // 2) == 0
+    assert "cp.async.cg.shared.global" in ptx
+    assert_no_spills(ptx, HOPPER, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_matrix(name: str) -> None:
+    matrix = build(name)
+    x = make_x(70, matrix.spec.in_features, dtype=torch.float16)
+    assert_right(run(x, matrix), x, matrix, weights=torch.float16)
