@@ -176,11 +176,12 @@ class Sweep:
         for run in runs:
             point = self._find(run)
             if point is None:
+                place = f"{missing.index(run) + 1} of {len(missing)}: {run.label}"
                 if self.progress is not None:
-                    place = f"{missing.index(run) + 1} of {len(missing)}"
-                    self.progress.set_postfix_str(f"{place}: {run.label}")
+                    self.progress.set_postfix_str(place)
                 with run.named_errors():
-                    point = self._compressed(run) if run.config else self._dense(run)
+                    make = self._compressed if run.config else self._dense
+                    point = make(run, place)
                 self.folder.add(point)
             shutil.rmtree(self._checkpoint(run), ignore_errors=True)
             yield point
@@ -191,16 +192,16 @@ class Sweep:
     def _checkpoint(self, run: Run) -> Path:
         return self.folder.path / run.key
 
-    def _dense(self, run: Run) -> SweepPoint:
-        Half(self.progress, 1).update()  # nothing to compress
-        perplexity = self._measure(self.source)
+    def _dense(self, run: Run, place: str) -> SweepPoint:
+        Half(self.progress, place, 1).update()  # nothing to compress
+        perplexity = self._measure(self.source, place)
         return SweepPoint(run.name, None, 0, None, DENSE_BITS, 0.0, 0.0, perplexity)
 
-    def _compressed(self, run: Run) -> SweepPoint:
+    def _compressed(self, run: Run, place: str) -> SweepPoint:
         """Compress and measure."""
         checkpoint = self._checkpoint(run)
         if not checkpoint.exists():  # else an earlier run was killed while it measured
-            self._compress(run, checkpoint)
+            self._compress(run, checkpoint, place)
         total = totals(inspect_checkpoint(checkpoint))
         rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"), LayerRow)
         return SweepPoint(
@@ -209,10 +210,10 @@ class Sweep:
             bits=total.bits,
             outlier_share=total.outlier_share,
             seconds=sum(row.seconds for row in rows),
-            perplexity=self._measure(str(checkpoint)),
+            perplexity=self._measure(str(checkpoint), place),
         )
 
-    def _compress(self, run: Run, out: Path) -> None:
+    def _compress(self, run: Run, out: Path, place: str) -> None:
         """Keep what each layer's options are worth for runs that differ in their target alone."""
         assert run.config is not None
         compress(
@@ -222,16 +223,17 @@ class Sweep:
             **self.calibration,
             **run.keywords,
             curves=self.curves.get(run.surveyed),
-            progress=Half(self.progress),
+            progress=Half(self.progress, place),
         )
         if run.target is not None:
             text = (out / CURVES_FILE).read_text(encoding="utf-8")
             self.curves[run.surveyed] = read_curves(text)
 
-    def _measure(self, model: str | Source) -> dict[str, float]:
+    def _measure(self, model: str | Source, place: str) -> dict[str, float]:
         """Name of each text -> perplexity of a model that is loaded for it."""
+        half = Half(self.progress, place, sum(map(len, self.texts.values())))
+        half.set_postfix_str("perplexity")
         loaded, _ = load_model(model, device=self.calibration["device"])
-        half = Half(self.progress, sum(map(len, self.texts.values())))
         return {
             name: perplexity(loaded, windows, half.update) for name, windows in self.texts.items()
         }
@@ -240,9 +242,9 @@ class Sweep:
 class Half:
     """Progress of one half of a point, in units of its own, on the bar of the whole sweep."""
 
-    def __init__(self, whole: Progress | None, total: int = 0) -> None:
+    def __init__(self, whole: Progress | None, place: str, total: int = 0) -> None:
         self.total: Any = total
-        self._whole, self._done, self._shown = whole, 0, 0
+        self._whole, self._place, self._done, self._shown = whole, place, 0, 0
 
     def update(self, n: int = 1) -> None:
         """`n` more units are done."""
@@ -253,7 +255,9 @@ class Half:
         self._shown = steps
 
     def set_postfix_str(self, s: str) -> None:
-        """The bar says which point it is, and no more."""
+        """Say it behind which point it is: a survey takes long before there is a first block."""
+        if self._whole is not None:
+            self._whole.set_postfix_str(f"{self._place}: {s}")
 
 
 def _check(source: Source, runs: Iterable[Run]) -> None:

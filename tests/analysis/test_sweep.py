@@ -295,7 +295,9 @@ def test_progress_is_whole_when_all_is_done(
         bar = Bar()
         list(sweep(dense, settings, texts, tmp_path, progress=bar, **quick))
         assert bar.done == bar.total == total
-    assert bar.labels == ("1 of 1: paper, seed 0",)
+    assert all(label.startswith("1 of 1: paper, seed 0") for label in bar.labels)
+    assert bar.labels[1].endswith(": model.layers.0")
+    assert bar.labels[-1].endswith(": perplexity")
 
 
 @pytest.mark.gpu
