@@ -469,7 +469,7 @@ def matmul_bound(
     size = matmul(x.abs(), magnitude, None if bias is None else bias.abs())
     accumulation = 2 * (matrix.spec.in_features + 16) ** 0.5 * np.finfo(np.float32).eps * size
     if weights != torch.float32:
-        accumulation += 4 * torch.finfo(weights).eps * matmul(x.double() ** 2, magnitude**2) ** 0.5
+        accumulation += 2 * torch.finfo(weights).eps * matmul(x.double() ** 2, magnitude**2) ** 0.5
     result = np.abs(matmul(x, parts.weight, bias)) + accumulation
     rounding = torch.finfo(x.dtype).eps * result + torch.finfo(x.dtype).smallest_normal
     return accumulation + rounding

@@ -1,6 +1,7 @@
 """The product of a prepared weight (prepared.py) with many inputs on a Hopper GPU.
 
-    y[b, i] = factor[b] * sum_j fp16(W_hat[i, j]) x'[b, j] + bias[i]
+    y[b, i] = factor[b] * sum_j W[i, j] x'[b, j] + bias[i]
+    W[i, j] = scale * code + (-scale * zero) + outlier, rounded to fp16 in brackets and at each plus
 
 A block of threads has 128 rows, a tile of sixteen for each of its eight warps, and up to 128
 inputs. It walks its columns in *slabs* of four groups. For each a warp decodes its tile
@@ -89,7 +90,7 @@ UNIT_SLABS = UNIT_GROUPS // SLAB_GROUPS
 BLOCKS_PER_SM = 2
 SHARED_BYTES = 112 * 1024  # of a block, where a Hopper GPU has two at once
 LONGEST_RUN = 4096  # bytes
-GAP_BYTES = 32  # between the groups of a quad's lanes, so that a warp's write to other banks
+GAP_BYTES = 32  # from group to group, so that the stores of eight lanes meet different banks
 RESULT_FLOATS = ROWS + 4  # of an input, for the same reason
 NO_ENTRY = 0xFFFF  # a column behind all others
 int32: Any = np.int32
@@ -177,7 +178,7 @@ def many_kernel(spec: ManySpec) -> Any:
     Addresses: staged, x' as staging_cuda.py writes cores; factors float32 [inputs]; y [count,
     rows]; bias [rows] or 0; shares float32 [splits, count, rows], in place of y, or 0.
     """
-    inputs, slab_bytes, wait = spec.inputs, spec.b_bytes, products_done(0)
+    inputs, slab_bytes = spec.inputs, spec.b_bytes
     segment_units, nothing = SEGMENT_COLUMNS // spec.unit.columns, (np.float32(0),) * (inputs // 2)
     tile_of, start, open_run = tile_finder(spec), starting_function(spec), run_opener(spec)
     first, second, third, fourth = (octet_function(spec, octet) for octet in range(UNIT_OCTETS))
@@ -206,7 +207,7 @@ def many_kernel(spec: ManySpec) -> Any:
                 break
             if unit & (segment_units - 1) == 0:
                 cursor = open_run(weight, tile, unit)
-        wait()
+        products_done()
         cuda.syncthreads()
         put_sums(int32(zero + WORD_BYTES * TILE_ROWS * tile.warp), tile.lane, sums)
         cuda.syncthreads()
@@ -293,7 +294,7 @@ def slab_function(spec: ManySpec, octet: int, half: int) -> Any:
     of_unit, in_unit = spec.unit, octet * 2 + half
     decode, write = half_decoder(of_unit, octet, half), half_writer(of_unit, spec.a.column_step)
     multiply = warpgroup_product(spec.inputs, spec.columns // STEP_COLUMNS, spec.a, spec.b)
-    wait_for_products, wait_for_inputs = products_done(0), copies_done(1)
+    wait_for_inputs = copies_done(1)
     copy_inputs, copy_ahead = inputs_copier(spec), ahead_copier(spec, octet, half)
     add_outliers, columns = outlier_adder(spec), spec.columns
     in_segment, group_bytes = SEGMENT_COLUMNS // columns - 1, WARPGROUP_ROWS // 8 * CORE_BYTES
@@ -305,12 +306,12 @@ def slab_function(spec: ManySpec, octet: int, half: int) -> Any:
         slab, out = int32(UNIT_SLABS * unit + in_unit), int32(zero + tile.warp * tile_bytes)
         if tile.there:
             words = decode(block_of(tile.own, unit), statistics_of(tile.own, unit), tile.lane)
-            wait_for_products()
+            products_done()
             write(out, tile.lane, words)
             cuda.syncwarp()
             cursor = add_outliers(cursor, int32((slab & in_segment) * columns), out, tile.lane)
         else:
-            wait_for_products()
+            products_done()
         wait_for_inputs()
         let_tensor_cores_see()
         cuda.syncthreads()
@@ -442,7 +443,7 @@ def run_copier(spec: ManySpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def copy_run(weight, tile, segment):
-        if weight.runs and tile.there and segment < weight.segments:
+        if weight.runs and tile.there:
             start, loads = run_of(weight, tile.number, segment)
             source, to = weight.runs + np.int64(start) * LOAD_BYTES, run_in(tile.own, segment)
             at, end = int32(LOAD_BYTES * tile.lane), int32(min(LOAD_BYTES * loads, room))

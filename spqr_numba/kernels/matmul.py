@@ -19,8 +19,8 @@ then a shift, and a multiply-add for each input; without AVX-512 that, and not m
 pace. From `GEMM_FROM` inputs on, dequantizing once and calling BLAS is faster.
 
 On a GPU a prepared weight (prepared.py) is multiplied from its codes as well: up to sixteen inputs
-at once as exactly as above; more, on a Hopper GPU, by weights that are rounded to fp16 where tensor
-cores read them. From `DENSE_FROM` inputs on it pays to dequantize the whole weight to the dtype of
+at once as exactly as above; more, on a Hopper GPU, by weights whose parts are rounded to fp16 for
+tensor cores. From `DENSE_FROM` inputs on it pays to dequantize the whole weight to the dtype of
 x and leave the product to cuBLAS; other GPUs and other weights do so from `ROUNDED_FROM` inputs on.
 A weight that cannot be prepared meets fewer inputs in fp32.
 """
@@ -376,7 +376,7 @@ def multiply_prepared(
     inputs = inputs.detach().contiguous()
     if inputs.data_ptr() % GPU_LOAD_BYTES or inputs.shape[1] % (GPU_LOAD_BYTES // 2):
         inputs = aligned_rows(inputs)
-    bias = None if bias is None else bias.detach().to(x.dtype)
+    bias = None if bias is None else bias.detach().to(x.dtype).contiguous()
     y = x.new_empty(count, weight.spec.out_features)
     multiply(inputs, weight, bias, y)
     return y.view(*x.shape[:-1], -1)
@@ -431,6 +431,8 @@ def check_input(
     on_cpu = x.is_cpu and isinstance(matrix, SpqrMatrix) and matrix["codes"].is_cpu
     if not on_cpu and x.device != matrix.device:
         raise InputError(f"x is on {x.device}, the weight on {matrix.device}")
+    if bias is not None and bias.device != x.device:
+        raise InputError(f"bias is on {bias.device}, x on {x.device}")
     if bias is not None and bias.shape != (matrix.spec.out_features,):
         raise InputError(
             f"bias has shape {list(bias.shape)}; it must be [{matrix.spec.out_features}]"

@@ -33,6 +33,7 @@ INPUTS = (32, 64, 128)  # of a block
 STAGING_WARPS = 16
 HOPPER = 9  # the compute capability that has wgmma
 BLOCK_UNITS = 1.2  # what begins and ends a block takes as long as so many units
+UNIT_SUMS = 2**22  # that are written as shares and read again while a block walks a unit
 
 
 class Call(NamedTuple):
@@ -56,6 +57,7 @@ def can_multiply_many(weight: PreparedMatrix) -> bool:
 
 @cache
 def _can_multiply_many(spec: MatrixSpec, device: torch.device) -> bool:
+    """The same for all weights of a spec."""
     if torch.cuda.get_device_properties(device).major != HOPPER:
         return False
     unit, room = unit_of(spec), shared_memory(device)
@@ -109,18 +111,19 @@ def make_call(spec: MatrixSpec, kind: torch.dtype, count: int, device: torch.dev
         inputs,
         input_blocks,
         row_blocks,
-        splits_of(units_of(spec), row_blocks * input_blocks, device),
+        splits_of(units_of(spec), row_blocks * input_blocks, spec.out_features * count, device),
         units_of(spec) * many.unit.columns,
         many.bytes,
     )
 
 
-def splits_of(units: int, blocks: int, device: torch.device) -> int:
-    """Of the columns: what makes the busiest multiprocessor's share the smallest."""
+def splits_of(units: int, blocks: int, sums: int, device: torch.device) -> int:
+    """Of the columns: what takes least time, the sums of each split added."""
     at_once = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
     def cost(splits: int) -> float:
-        return ceil_div(blocks * splits, at_once) * (ceil_div(units, splits) + BLOCK_UNITS)
+        shares = splits * sums / UNIT_SUMS if splits > 1 else 0
+        return ceil_div(blocks * splits, at_once) * (ceil_div(units, splits) + BLOCK_UNITS) + shares
 
     return min(range(1, units + 1), key=cost)
 

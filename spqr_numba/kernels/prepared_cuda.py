@@ -52,8 +52,7 @@ __all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
-WARPS = 8
-BLOCKS_PER_SM = {2: 3, 4: 2}  # by the bytes of a number
+WARPS, BLOCKS_PER_SM = {2: 8, 4: 4}, {2: 3, 4: 4}  # by the bytes of a number
 NIBBLE = 4  # bits of an entry of a table in a number
 int32: Any = np.int32
 
@@ -64,13 +63,14 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
     """W_hat [out_features, in_features] of a dtype, columns in stored order; rows may lie apart."""
     spec = weight.spec
     unit = UnitSpec(spec.bits, spec.scale_bits, spec.group_size)
-    needed = WARPS * (unit.bytes + Copying(unit, dtype).bytes)
     width = spec.groups * spec.group_size
     out = torch.empty(spec.out_features, width, dtype=dtype, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream
-    blocks = ceil_div(weight.tiles * weight.units, WARPS)
+    blocks = ceil_div(weight.tiles * weight.units, WARPS[dtype.itemsize])
     launcher = launcher_of(unit, dtype, weight.device)
-    launcher.launch(blocks, needed, stream, *addresses(weight), out.data_ptr(), width)
+    launcher.launch(
+        blocks, shared_bytes(unit, dtype), stream, *addresses(weight), out.data_ptr(), width
+    )
     return out[:, : spec.in_features]
 
 
@@ -81,10 +81,15 @@ def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Lau
         dequantize_kernel(unit, dtype),
         SIGNATURE,
         device,
-        threads=WARPS * LANES,
-        shared_bytes=WARPS * (unit.bytes + Copying(unit, dtype).bytes),
+        threads=WARPS[dtype.itemsize] * LANES,
+        shared_bytes=shared_bytes(unit, dtype),
         early=False,
     )
+
+
+def shared_bytes(unit: UnitSpec, dtype: torch.dtype) -> int:
+    """Of a block: each warp's unit, and what an octet passes through."""
+    return WARPS[dtype.itemsize] * (unit.bytes + Copying(unit, dtype).bytes)
 
 
 @cache
@@ -97,12 +102,14 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
     rows_at_once, between_bytes = copying.rows, copying.bytes
     columns = spec.columns
 
-    @cuda.jit(launch_bounds=(WARPS * LANES, BLOCKS_PER_SM[size]))
+    warps = WARPS[size]
+
+    @cuda.jit(launch_bounds=(warps * LANES, BLOCKS_PER_SM[size]))
     def kernel(weight, out, width):
         zero = shared_address(cuda.shared.array(0, np.uint16))
         thread = int32(cuda.threadIdx.x)
         warp, lane = int32(thread >> 5), int32(thread & 31)
-        index = int32(cuda.blockIdx.x * WARPS + warp)
+        index = int32(cuda.blockIdx.x * warps + warp)
         tile = divide(index, weight.units)
         unit, at = int32(index - tile * weight.units), int32(zero + warp * unit_bytes)
         if tile < weight.tiles:
@@ -110,7 +117,7 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
             end_of_copies()
             wait()
             cuda.syncwarp()
-            between = int32(zero + WARPS * unit_bytes + warp * between_bytes)
+            between = int32(zero + warps * unit_bytes + warp * between_bytes)
             row = int32(tile * TILE_ROWS + (lane >> loads_shift))
             load = int32(lane & ((1 << loads_shift) - 1))
             column = int32(unit * columns + load * load_columns)

@@ -140,14 +140,12 @@ def put_sums(
         ptx.store_shared_floats(builder.add(place, i32(WORD_BYTES * distance)), [value])
 
 
-@cache
-def products_done(pending: int) -> Any:
-    """wait(): until all products of the warpgroup but the latest `pending` have read their operands
-    and left their sums."""
-    text = f"wgmma.wait_group.sync.aligned {pending}"
-    return effect("wait_for_products", text, (), "Until earlier products are done.")
-
-
+products_done = effect(
+    "products_done",
+    "wgmma.wait_group.sync.aligned 0",
+    (),
+    "Until the warpgroup's products have read their operands and left their sums.",
+)
 let_tensor_cores_see = effect(
     "let_tensor_cores_see",
     "fence.proxy.async.shared::cta",

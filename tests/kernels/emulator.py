@@ -45,14 +45,15 @@ here = threading.local()  # the running thread: its block, warp, lane and copies
 
 
 @contextmanager
-def emulated(arrival: str, room: str = "matmul_cuda") -> Iterator[ModuleType]:
-    """A room, imported anew for this GPU; `arrival` of copies is "early" or "late"."""
+def emulated(arrival: str, room: str = "matmul_cuda", major: int = 9) -> Iterator[ModuleType]:
+    """A room, imported anew for this GPU; `arrival` of copies is "early" or "late", `major` the
+    first part of its compute capability."""
     with pytest.MonkeyPatch.context() as patch:
         for other, replaced in replacements(late=arrival == "late").items():
             module = importlib.import_module(PACKAGE + other)
             for name, value in replaced.items():
                 patch.setattr(module, name, value)
-        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9)
+        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=major)
         patch.setattr("torch.cuda.get_device_properties", lambda device: properties)
         stream = SimpleNamespace(cuda_stream=0)
         patch.setattr("torch.cuda.current_stream", lambda device: stream)
@@ -383,7 +384,7 @@ def warpgroup_product(late: bool, inputs: int, steps: int, a: Any, b: Any) -> Ca
 
         group.pending.append(happen)
         if not late:
-            happen_all(group, 0)
+            happen_all(group)
         return grown
 
     def multiply(*given: Any) -> Any:
@@ -401,20 +402,16 @@ def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int, steps: int) -
     return memory[: len(memory) // 8 * 8].view(HALF)[place // 2].astype(np.float64)
 
 
-def happen_all(group: Meeting, pending: int) -> None:
-    """All products but the latest."""
-    while len(group.pending) > pending:
+def happen_all(group: Meeting) -> None:
+    """All products, in their order."""
+    while group.pending:
         group.pending.pop(0)()
 
 
-def products_done(pending: int) -> Callable[[], None]:
+def products_done() -> None:
     """wgmma_cuda.products_done."""
-
-    def wait() -> None:
-        group = here.warpgroup
-        group.together(lambda given: [happen_all(group, pending)] * len(given))
-
-    return wait
+    group = here.warpgroup
+    group.together(lambda given: [happen_all(group)] * len(given))
 
 
 def sums_writer(row_floats: int) -> Callable[..., None]:

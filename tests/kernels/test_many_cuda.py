@@ -13,11 +13,12 @@ import torch
 
 from spqr_numba.kernels.matmul import aligned_rows
 from spqr_numba.kernels.prepared import prepare
+from spqr_numba.kernels.unit_cuda import UnitSpec
 
-from ..gpu import HOPPER, assert_no_spills, needs_numba_cuda, ptx_of
+from ..gpu import HOPPER, NEW, assert_no_spills, needs_numba_cuda, ptx_of
 from .emulator import emulated
 from .test_matmul import assert_right, make_x
-from .test_matmul_cuda import CASES, build, run
+from .test_matmul_cuda import CASES, build, run, weights_of
 
 
 @pytest.mark.parametrize(
@@ -25,8 +26,8 @@ from .test_matmul_cuda import CASES, build, run
     [
         ("no outliers", 2, 1, torch.bfloat16, "early"),
         ("all outliers in one row", 33, 2, torch.float16, "late"),
-        ("4 bit", 5, 2, torch.float16, "late"),
-        ("group 8, stats 64", 7, 3, torch.bfloat16, "late"),
+        ("4 bit", 5, 1, torch.float16, "late"),
+        ("group 8, stats 64", 7, 2, torch.bfloat16, "late"),
     ],
     ids=str,
 )
@@ -36,20 +37,19 @@ def test_emulated(name: str, batch: int, splits: int, dtype: torch.dtype, arriva
     bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
     y = torch.full((batch, matrix.spec.out_features), float("nan"), dtype=dtype)
     with emulated(arrival, "matmul_many_cuda") as room:
-        room.splits_of = lambda units, blocks, device: splits
+        room.splits_of = lambda units, blocks, sums, device: splits
         room.multiply_many(aligned_rows(x), prepare(matrix), bias, y)
     assert_right(y, x, matrix, bias, torch.float16)
 
 
 @needs_numba_cuda
 @pytest.mark.parametrize(
-    ("bits", "group_size", "inputs"), [(3, 16, 128), (2, 16, 32), (4, 16, 64), (3, 8, 128)]
+    ("bits", "group_size", "inputs"), [(3, 16, 128), (2, 16, 64), (4, 16, 128), (3, 8, 32)]
 )
 def test_ptx(bits: int, group_size: int, inputs: int, tmp_path: Path) -> None:
     """Products of warpgroups and copies of 16 bytes; no float64, nothing in local memory, no
     spills, and no product that waits for the one before it."""
     from spqr_numba.kernels.many_cuda import SIGNATURE, ManySpec, many_kernel
-    from spqr_numba.kernels.unit_cuda import UnitSpec
 
     spec = ManySpec(UnitSpec(bits, bits, group_size), inputs, torch.float16)
     kernel = many_kernel.__wrapped__(spec)
@@ -57,14 +57,46 @@ def test_ptx(bits: int, group_size: int, inputs: int, tmp_path: Path) -> None:
     ptx = ptx_of(kernel, SIGNATURE, HOPPER, launch_bounds=bounds)
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n{inputs}k16\.f32\.f16\.f16", ptx)
     assert products
-    assert len(products) % (group_size // 2) == 0
+    assert len(products) % (2 * group_size) == 0
     assert "cp.async.cg.shared.global" in ptx
     assert_no_spills(ptx, HOPPER, tmp_path)
 
 
+@needs_numba_cuda
+def test_ptx_of_shares(tmp_path: Path) -> None:
+    """No float64, nothing in local memory, no spills."""
+    from spqr_numba.kernels.many_cuda import SHARES, shares_kernel
+
+    kernel = shares_kernel.__wrapped__(torch.bfloat16)
+    bounds = kernel.targetoptions["launch_bounds"]
+    assert_no_spills(ptx_of(kernel, SHARES, NEW, launch_bounds=bounds), NEW, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [8, 16])
+@pytest.mark.parametrize("inputs", [32, 64, 128])
+def test_two_blocks_fit(bits: int, group_size: int, inputs: int) -> None:
+    """And so do a block's results, in the place of all else."""
+    with emulated("early", "many_cuda") as room:
+        spec = room.ManySpec(UnitSpec(bits, bits, group_size), inputs, torch.float16)
+        assert 4 * inputs * room.RESULT_FLOATS <= spec.bytes <= room.SHARED_BYTES
+        assert spec.run_bytes >= 1024
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("splits", [None, 1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_of_matrix(name: str) -> None:
+def test_every_kind_of_matrix(
+    name: str, splits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many splits of the columns as are best, or so few that a block walks many units."""
+    from spqr_numba.kernels import matmul_many_cuda
+
     matrix = build(name)
+    if splits is not None:
+        few = min(splits, matmul_many_cuda.units_of(matrix.spec))
+        monkeypatch.setattr(matmul_many_cuda, "splits_of", lambda *given: few)
+    matmul_many_cuda.make_call.cache_clear()
     x = make_x(70, matrix.spec.in_features, dtype=torch.float16)
-    assert_right(run(x, matrix), x, matrix, weights=torch.float16)
+    assert_right(run(x, matrix), x, matrix, weights=weights_of(70, x.dtype))
+    matmul_many_cuda.make_call.cache_clear()

@@ -34,7 +34,7 @@ def assert_right(
 ) -> None:
     """y has the shape, dtype and device of the product, and each element is within its bound.
 
-    weights: the dtype of what W_hat, which is exact in fp32, is made of.
+    weights: what the parts of W_hat may be rounded to, which is exact in fp32.
     """
     assert y.shape == (*x.shape[:-1], matrix.spec.out_features)
     assert (y.dtype, y.device) == (x.dtype, x.device)

@@ -70,6 +70,17 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(decoded, expected(matrix, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [8, 16])
+def test_fits_into_every_gpu(group_size: int, bits: int, dtype: torch.dtype) -> None:
+    """Those of compute capability 8.6 and 8.9 give a block 99 KB, of which the driver keeps one."""
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    with emulated("early", "prepared_cuda") as room:
+        assert room.shared_bytes(UnitSpec(bits, bits, group_size), dtype) <= 97 * 1024
+
+
 @needs_numba_cuda
 @each_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
