@@ -4,16 +4,16 @@
     W[i, j] = scale * code + (-scale * zero) + outlier, rounded to fp16 in brackets and at each plus
 
 A block of threads has 128 rows, a tile of sixteen for each of its eight warps, and up to 128
-inputs. It walks its columns in *slabs* of four groups. For each a warp decodes its tile
+inputs. It walks its columns in *strips* of four groups. For each a warp decodes its tile
 (unit_numbers_cuda.py), writes the numbers to shared memory, and adds the outliers; then both
-warpgroups multiply them by the slab of the inputs (wgmma_cuda.py), and while tensor cores do so,
-the warps decode the next slab, as far as registers take it. So each weight is decoded once for all
+warpgroups multiply them by the strip of the inputs (wgmma_cuda.py), and while tensor cores do so,
+the warps decode the next strip, as far as registers take it. So each weight is decoded once for all
 inputs of a block, and goes nowhere but there. Two blocks share a multiprocessor: what one waits
 for, the other hides.
 
     shared memory  dtype  shape
     A              fp16   [columns / 8, 16, 8, 8]               with a gap behind each 8 columns
-    B              fp16   [2, columns / 8, inputs / 8, 8, 8]    x' of a slab
+    B              fp16   [2, columns / 8, inputs / 8, 8, 8]    x' of a strip
     of each warp:
     blocks         bytes  [2, block]                            codes
     statistics     bytes  [2, statistics of a unit]
@@ -85,8 +85,8 @@ cuda = numba_cuda()
 WARPS = 8
 THREADS = WARPS * LANES
 ROWS = WARPS * TILE_ROWS  # of a block
-SLAB_GROUPS = 4
-UNIT_SLABS = UNIT_GROUPS // SLAB_GROUPS
+STRIP_GROUPS = 4
+UNIT_STRIPS = UNIT_GROUPS // STRIP_GROUPS
 BLOCKS_PER_SM = 2
 SHARED_BYTES = 112 * 1024  # of a block, where a Hopper GPU has two at once
 LONGEST_RUN = 4096  # bytes
@@ -110,12 +110,12 @@ class ManySpec:
 
     @property
     def columns(self) -> int:
-        """Of a slab."""
-        return SLAB_GROUPS * self.unit.group_size
+        """Of a strip."""
+        return STRIP_GROUPS * self.unit.group_size
 
     @property
     def chunks(self) -> int:
-        """Of a slab, by eight columns."""
+        """Of a strip, by eight columns."""
         return self.columns // CORE_ROWS
 
     @property
@@ -178,11 +178,11 @@ def many_kernel(spec: ManySpec) -> Any:
     Addresses: staged, x' as staging_cuda.py writes cores; factors float32 [inputs]; y [count,
     rows]; bias [rows] or 0; shares float32 [splits, count, rows], in place of y, or 0.
     """
-    inputs, slab_bytes = spec.inputs, spec.b_bytes
+    inputs, strip_bytes = spec.inputs, spec.b_bytes
     segment_units, nothing = SEGMENT_COLUMNS // spec.unit.columns, (np.float32(0),) * (inputs // 2)
     tile_of, start, open_run = tile_finder(spec), starting_function(spec), run_opener(spec)
-    first, second, third, fourth = (octet_function(spec, octet) for octet in range(UNIT_OCTETS))
-    put_sums, write = sums_writer(RESULT_FLOATS), result_writer(spec)
+    run_unit, put_sums = unit_function(spec), sums_writer(RESULT_FLOATS)
+    write = result_writer(spec)
 
     @cuda.jit(launch_bounds=(THREADS, BLOCKS_PER_SM))
     def kernel(weight, staged, factors, y, bias, shares, count, splits, input_blocks):
@@ -193,15 +193,12 @@ def many_kernel(spec: ManySpec) -> Any:
         split, tile = int32(above - row_block * splits), tile_of(weight, row_block, thread, zero)
         unit = divide(int32(weight.units * split), splits)
         end = divide(int32(weight.units * int32(split + 1)), splits)
-        x = staged + np.int64(input_block) * weight.units * (UNIT_SLABS * slab_bytes)
+        x = staged + np.int64(input_block) * weight.units * (UNIT_STRIPS * strip_bytes)
         x = x + LOAD_BYTES * thread
         start(weight, tile, x, unit, end, zero)
         sums, cursor = nothing, open_run(weight, tile, unit)
         while True:  # at least once, or the sums would not stay in their registers
-            sums, cursor = first(weight, tile, x, unit, end, zero, sums, cursor)
-            sums, cursor = second(weight, tile, x, unit, end, zero, sums, cursor)
-            sums, cursor = third(weight, tile, x, unit, end, zero, sums, cursor)
-            sums, cursor = fourth(weight, tile, x, unit, end, zero, sums, cursor)
+            sums, cursor = run_unit(weight, tile, x, unit, end, zero, sums, cursor)
             unit = int32(unit + 1)
             if unit >= end:
                 break
@@ -254,7 +251,7 @@ def tile_finder(spec: ManySpec) -> Any:
 
 
 def starting_function(spec: ManySpec) -> Any:
-    """start(weight, tile, x, unit, end, zero): what the first slabs need is there."""
+    """start(weight, tile, x, unit, end, zero): what the first strips need is there."""
     copy_inputs, copy_statistics = inputs_copier(spec), statistics_copier(spec)
     copy_run, wait = run_copier(spec), copies_done(0)
     blocks, segment_units = spec.unit.blocks, SEGMENT_COLUMNS // spec.unit.columns
@@ -267,7 +264,7 @@ def starting_function(spec: ManySpec) -> Any:
             copy_other(tile, int32(unit + 2 - blocks))
         copy_statistics(tile, unit)
         copy_run(weight, tile, divide(unit, int32(segment_units)))
-        copy_inputs(x, int32(UNIT_SLABS * unit), tile, zero)
+        copy_inputs(x, int32(UNIT_STRIPS * unit), tile, zero)
         end_of_copies()
         wait()
         cuda.syncwarp()
@@ -275,10 +272,24 @@ def starting_function(spec: ManySpec) -> Any:
     return start
 
 
+def unit_function(spec: ManySpec) -> Any:
+    """run_unit(weight, tile, x, unit, end, zero, sums, cursor) -> the last two, as the next unit
+    needs them."""
+    first, second, third, fourth = (octet_function(spec, octet) for octet in range(UNIT_OCTETS))
+
+    @cuda.jit(device=True, forceinline=True)
+    def run_unit(weight, tile, x, unit, end, zero, sums, cursor):
+        sums, cursor = first(weight, tile, x, unit, end, zero, sums, cursor)
+        sums, cursor = second(weight, tile, x, unit, end, zero, sums, cursor)
+        sums, cursor = third(weight, tile, x, unit, end, zero, sums, cursor)
+        return fourth(weight, tile, x, unit, end, zero, sums, cursor)
+
+    return run_unit
+
+
 def octet_function(spec: ManySpec, octet: int) -> Any:
-    """run_octet(weight, tile, x, unit, end, zero, sums, cursor) -> the last two, as the next needs
-    them: the two slabs of an octet."""
-    first, second = (slab_function(spec, octet, half) for half in range(2))
+    """run_octet(...), as `unit_function`'s: the two strips of an octet."""
+    first, second = (strip_function(spec, octet, half) for half in range(2))
 
     @cuda.jit(device=True, forceinline=True)
     def run_octet(weight, tile, x, unit, end, zero, sums, cursor):
@@ -288,9 +299,9 @@ def octet_function(spec: ManySpec, octet: int) -> Any:
     return run_octet
 
 
-def slab_function(spec: ManySpec, octet: int, half: int) -> Any:
-    """run_slab(...), as `octet_function`'s: decoded, while the slab before is multiplied, and set
-    off. The next slab's inputs are on their way meanwhile, and what the warp will decode."""
+def strip_function(spec: ManySpec, octet: int, half: int) -> Any:
+    """run_strip(...), as `unit_function`'s: decoded, while the strip before is multiplied, and set
+    off. The next strip's inputs are on their way meanwhile, and what the warp will decode."""
     of_unit, in_unit = spec.unit, octet * 2 + half
     decode, write = half_decoder(of_unit, octet, half), half_writer(of_unit, spec.a.column_step)
     multiply = warpgroup_product(spec.inputs, spec.columns // STEP_COLUMNS, spec.a, spec.b)
@@ -302,36 +313,36 @@ def slab_function(spec: ManySpec, octet: int, half: int) -> Any:
     block_of, statistics_of = block_place(spec, octet // of_unit.octets), statistics_place(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def run_slab(weight, tile, x, unit, end, zero, sums, cursor):
-        slab, out = int32(UNIT_SLABS * unit + in_unit), int32(zero + tile.warp * tile_bytes)
+    def run_strip(weight, tile, x, unit, end, zero, sums, cursor):
+        strip, out = int32(UNIT_STRIPS * unit + in_unit), int32(zero + tile.warp * tile_bytes)
         if tile.there:
             words = decode(block_of(tile.own, unit), statistics_of(tile.own, unit), tile.lane)
             products_done()
             write(out, tile.lane, words)
             cuda.syncwarp()
-            cursor = add_outliers(cursor, int32((slab & in_segment) * columns), out, tile.lane)
+            cursor = add_outliers(cursor, int32((strip & in_segment) * columns), out, tile.lane)
         else:
             products_done()
         wait_for_inputs()
         let_tensor_cores_see()
         cuda.syncthreads()
-        rows, inputs = int32(zero + (tile.warp >> 2) * group_bytes), int32(slab & 1)
+        rows, inputs = int32(zero + (tile.warp >> 2) * group_bytes), int32(strip & 1)
         sums = multiply(sums, rows, int32(zero + a_bytes + inputs * b_bytes))
-        if in_unit + 1 < UNIT_SLABS or unit + 1 < end:
-            copy_inputs(x, int32(slab + 1), tile, zero)
+        if in_unit + 1 < UNIT_STRIPS or unit + 1 < end:
+            copy_inputs(x, int32(strip + 1), tile, zero)
         end_of_copies()
         copy_ahead(weight, tile, unit, end)
         end_of_copies()
         return sums, cursor
 
-    return run_slab
+    return run_strip
 
 
-# --- Copying ahead: x' of the next slab; of a warp's tile what is needed from the one behind it on
+# --- Copying ahead: x' of the next strip; of a warp's tile what is needed from the one behind it on
 
 
 def inputs_copier(spec: ManySpec) -> Any:
-    """copy_inputs(x, slab, tile, zero): x' of a slab, on its way to its B.
+    """copy_inputs(x, strip, tile, zero): x' of a strip, on its way to its B.
 
     x: address of the thread's first 16 bytes.
     """
@@ -340,18 +351,18 @@ def inputs_copier(spec: ManySpec) -> Any:
     copy_all, copy_rest = copier(*range(0, b_bytes - rest, at_once)), copier(b_bytes - rest)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_inputs(x, slab, tile, zero):
+    def copy_inputs(x, strip, tile, zero):
         own = int32(tile.warp * warp_bytes + LOAD_BYTES * tile.lane)
-        to = int32(zero + a_bytes + (slab & 1) * b_bytes + own)
-        copy_all(to, x + np.int64(slab) * b_bytes)
+        to = int32(zero + a_bytes + (strip & 1) * b_bytes + own)
+        copy_all(to, x + np.int64(strip) * b_bytes)
         if own < rest:
-            copy_rest(to, x + np.int64(slab) * b_bytes)
+            copy_rest(to, x + np.int64(strip) * b_bytes)
 
     return copy_inputs
 
 
 def ahead_copier(spec: ManySpec, octet: int, half: int) -> Any:
-    """copy_ahead(weight, tile, unit, end): into what a slab of a unit is the last to use."""
+    """copy_ahead(weight, tile, unit, end): into what a strip of a unit is the last to use."""
     of_unit, segment_units = spec.unit, SEGMENT_COLUMNS // spec.unit.columns
     block, in_block = divmod(2 * octet + half, 2 * of_unit.octets)
     copy_block, later = block_copier(spec, (block + 2) % of_unit.blocks), 2 // of_unit.blocks
@@ -454,7 +465,7 @@ def run_copier(spec: ManySpec) -> Any:
     return copy_run
 
 
-# --- Outliers: two lanes a row, which take its entries in turns as the slabs come to them
+# --- Outliers: two lanes a row, which take its entries in turns as the strips come to them
 
 
 def run_opener(spec: ManySpec) -> Any:
@@ -505,9 +516,9 @@ def entry_reader(spec: ManySpec) -> Any:
 
 
 def outlier_adder(spec: ManySpec) -> Any:
-    """add_outliers(cursor, first, out, lane) -> cursor: to a tile's numbers in A, those of a slab.
+    """add_outliers(cursor, first, out, lane) -> cursor: to a tile's numbers in A, those of a strip.
 
-    first: of the slab's columns in the segment; out: of the tile's first 16 bytes.
+    first: of the strip's columns in the segment; out: of the tile's first 16 bytes.
     """
     columns, column_step, entry_at = spec.columns, spec.a.column_step, entry_reader(spec)
 
