@@ -308,7 +308,10 @@ def strip_function(spec: ManySpec, octet: int, half: int) -> Any:
     wait_for_inputs = copies_done(1)
     copy_inputs, copy_ahead = inputs_copier(spec), ahead_copier(spec, octet, half)
     add_outliers, columns = outlier_adder(spec), spec.columns
-    in_segment, group_bytes = SEGMENT_COLUMNS // columns - 1, WARPGROUP_ROWS // 8 * CORE_BYTES
+    in_segment, group_bytes = (
+        SEGMENT_COLUMNS // columns - 1,
+        WARPGROUP_ROWS // CORE_ROWS * CORE_BYTES,
+    )
     tile_bytes, a_bytes, b_bytes = TILE_ROWS // CORE_ROWS * CORE_BYTES, spec.a_bytes, spec.b_bytes
     block_of, statistics_of = block_place(spec, octet // of_unit.octets), statistics_place(spec)
 

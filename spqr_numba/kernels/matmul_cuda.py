@@ -15,7 +15,7 @@ import torch
 
 from ..format.layout import ceil_div
 from .launch import Launcher, shared_memory
-from .prepared import LANES, OCTET, UNIT_GROUPS, PreparedMatrix
+from .prepared import LANES, OCTET, UNIT_GROUPS, PreparedMatrix, padded_columns
 from .product_cuda import BLOCKS_PER_SM, FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
 from .runs import SEGMENT_COLUMNS, segments_of
 from .staging_cuda import STAGING, ZERO_HALVES, staging_kernel
@@ -69,7 +69,7 @@ def multiply_few(
         staged = torch.empty(staged_bytes(weight, inputs), dtype=torch.uint8, device=x.device)
         operands = staged_operands(weight, inputs, staged.data_ptr())
         step = x.stride(0) * x.element_size()
-        needed = HALF_BYTES * (ZERO_HALVES + weight.units * unit_columns(weight))
+        needed = HALF_BYTES * (ZERO_HALVES + padded_columns(weight.spec))
         given = *call.addresses, x.data_ptr(), step, count, *operands
         call.staging.launch(inputs, needed, stream, *given)
     call.product.launch(
@@ -96,18 +96,13 @@ def multiply_in_turns(
 
 def staged_operands(weight: PreparedMatrix, inputs: int, start: int) -> tuple[int, int, int]:
     """Where x', X and factors are in what several inputs are staged into."""
-    sums = start + inputs * HALF_BYTES * weight.units * unit_columns(weight)
+    sums = start + inputs * HALF_BYTES * padded_columns(weight.spec)
     return start, sums, sums + inputs * FLOAT_BYTES * weight.units * UNIT_GROUPS
 
 
 def staged_bytes(weight: PreparedMatrix, inputs: int) -> int:
     """What several inputs are staged into."""
     return staged_operands(weight, inputs, 0)[-1] + inputs * FLOAT_BYTES
-
-
-def unit_columns(weight: PreparedMatrix) -> int:
-    """Of a unit."""
-    return UNIT_GROUPS * weight.spec.group_size
 
 
 def can_multiply(weight: PreparedMatrix, count: int) -> bool:
@@ -162,7 +157,7 @@ def plans(
     One input's blocks run two to a multiprocessor. Where one block there has so little to do that
     its rings hold all of it, the other's place is left for what runs next.
     """
-    unit = UnitSpec(weight.spec.bits, weight.spec.scale_bits, weight.spec.group_size, inputs)
+    unit = UnitSpec.of(weight.spec, inputs)
     properties = torch.cuda.get_device_properties(weight.device)
     at_once, early = properties.multi_processor_count, properties.major >= EARLY_FROM
     room, all_segments = shared_memory(weight.device), segments_of(weight.spec)

@@ -22,7 +22,7 @@ from .many_cuda import (
     many_kernel,
     shares_kernel,
 )
-from .prepared import UNIT_GROUPS, PreparedMatrix
+from .prepared import PreparedMatrix, padded_columns, units_of
 from .staging_cuda import CORES, ZERO_HALVES, cores_kernel
 from .stream_cuda import KernelSpec, addresses
 from .unit_cuda import HALF_BYTES, UnitSpec
@@ -60,8 +60,8 @@ def _can_multiply_many(spec: MatrixSpec, device: torch.device) -> bool:
     """The same for all weights of a spec."""
     if torch.cuda.get_device_properties(device).major != HOPPER:
         return False
-    unit, room = unit_of(spec), shared_memory(device)
-    staged = HALF_BYTES * (ZERO_HALVES + units_of(spec) * unit.columns)
+    unit, room = UnitSpec.of(spec), shared_memory(device)
+    staged = HALF_BYTES * (ZERO_HALVES + padded_columns(spec))
     return ManySpec(unit, INPUTS[-1], torch.float16).bytes <= room and staged <= room
 
 
@@ -102,7 +102,7 @@ def multiply_many(
 def make_call(spec: MatrixSpec, kind: torch.dtype, count: int, device: torch.device) -> Call:
     """Choose how the work is divided, and compile the kernels."""
     inputs = next((n for n in INPUTS if n >= count), INPUTS[-1])
-    many = ManySpec(unit_of(spec), inputs, kind)
+    many = ManySpec(UnitSpec.of(spec), inputs, kind)
     row_blocks, input_blocks = ceil_div(spec.out_features, ROWS), ceil_div(count, inputs)
     return Call(
         staging_of(many.unit, kind, device),
@@ -112,7 +112,7 @@ def make_call(spec: MatrixSpec, kind: torch.dtype, count: int, device: torch.dev
         input_blocks,
         row_blocks,
         splits_of(units_of(spec), row_blocks * input_blocks, spec.out_features * count, device),
-        units_of(spec) * many.unit.columns,
+        padded_columns(spec),
         many.bytes,
     )
 
@@ -126,16 +126,6 @@ def splits_of(units: int, blocks: int, sums: int, device: torch.device) -> int:
         return ceil_div(blocks * splits, at_once) * (ceil_div(units, splits) + BLOCK_UNITS) + shares
 
     return min(range(1, units + 1), key=cost)
-
-
-def unit_of(spec: MatrixSpec) -> UnitSpec:
-    """The weight's settings."""
-    return UnitSpec(spec.bits, spec.scale_bits, spec.group_size)
-
-
-def units_of(spec: MatrixSpec) -> int:
-    """Of a tile."""
-    return ceil_div(spec.groups, UNIT_GROUPS)
 
 
 @cache

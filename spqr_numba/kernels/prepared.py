@@ -39,7 +39,7 @@ from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
 from .runs import TILE_ROWS, from_runs, to_runs
 
-__all__ = ["PreparedMatrix", "can_prepare", "prepare"]
+__all__ = ["PreparedMatrix", "can_prepare", "padded_columns", "prepare", "units_of"]
 
 BLOCK_COLUMNS = 256
 LANES = 32
@@ -76,6 +76,16 @@ def can_prepare(matrix: SpqrMatrix) -> bool:
     )
 
 
+def units_of(spec: MatrixSpec) -> int:
+    """Runs of 32 groups; the last may be ragged."""
+    return ceil_div(spec.groups, UNIT_GROUPS)
+
+
+def padded_columns(spec: MatrixSpec) -> int:
+    """Those of a row, up to the end of its last unit."""
+    return units_of(spec) * UNIT_GROUPS * spec.group_size
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedMatrix:
     """One compressed weight in the order in which a GPU reads it; the same numbers, as many bytes.
@@ -110,7 +120,7 @@ class PreparedMatrix:
     @property
     def units(self) -> int:
         """Runs of 32 groups; the last may be ragged."""
-        return ceil_div(self.spec.groups, UNIT_GROUPS)
+        return units_of(self.spec)
 
     @property
     def code_words(self) -> torch.Tensor:

@@ -62,7 +62,7 @@ SIGNATURE = (WEIGHT, types.int64, types.int32)
 def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """W_hat [out_features, in_features] of a dtype, columns in stored order; rows may lie apart."""
     spec = weight.spec
-    unit = UnitSpec(spec.bits, spec.scale_bits, spec.group_size)
+    unit = UnitSpec.of(spec)
     width = spec.groups * spec.group_size
     out = torch.empty(spec.out_features, width, dtype=dtype, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream

@@ -25,6 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..format.layout import MatrixSpec
 from .codes_cuda import SUBNORMAL_UNIT, code_place, exact_codes, masked_codes
 from .prepared import BLOCK_COLUMNS, LANES, OCTET, QUARTERS, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import Ptx, f32, i32
@@ -54,6 +55,11 @@ class UnitSpec:
     stat_bits: int
     group_size: int
     inputs: int = 1
+
+    @classmethod
+    def of(cls, spec: MatrixSpec, inputs: int = 1) -> UnitSpec:
+        """Those of a weight, and so many inputs."""
+        return cls(spec.bits, spec.scale_bits, spec.group_size, inputs)
 
     @property
     def totals(self) -> int:
