@@ -6,22 +6,16 @@ many_cuda.py has the kernel; staging_cuda.py what brings the inputs into its ord
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
 from ..format.layout import MatrixSpec, ceil_div
 from .launch import Launcher, shared_memory
-from .many_cuda import (
-    BLOCKS_PER_SM,
-    ROWS,
-    SHARES,
-    SIGNATURE,
-    THREADS,
-    ManySpec,
-    many_kernel,
-    shares_kernel,
-)
+from .many_cuda import SIGNATURE, many_kernel
+from .many_results_cuda import SHARES, SHARES_THREADS, shares_kernel
+from .many_spec import UNIT_STRIPS, ManySpec
 from .prepared import PreparedMatrix, padded_columns, units_of
 from .staging_cuda import CORES, ZERO_HALVES, cores_kernel
 from .stream_cuda import KernelSpec, addresses
@@ -29,11 +23,12 @@ from .unit_cuda import HALF_BYTES, UnitSpec
 
 __all__ = ["can_multiply_many", "multiply_many"]
 
-INPUTS = (32, 64, 128)  # of a block
+STRIP_MICROSECONDS = {32: 0.85, 64: 0.95, 128: 1.2, 256: 1.03}
+"""Inputs of a block -> how long it takes for a strip, on an H200."""
 STAGING_WARPS = 16
 HOPPER = 9  # the compute capability that has wgmma
-BLOCK_UNITS = 1.2  # what begins and ends a block takes as long as so many units
-UNIT_SUMS = 2**22  # that are written as shares and read again while a block walks a unit
+BLOCK_MICROSECONDS = 2.5  # for its beginning and its end
+SHARE_MICROSECONDS = 1.2e-6  # for each sum that is written as a share, and read again
 
 
 class Call(NamedTuple):
@@ -60,9 +55,9 @@ def _can_multiply_many(spec: MatrixSpec, device: torch.device) -> bool:
     """The same for all weights of a spec."""
     if torch.cuda.get_device_properties(device).major != HOPPER:
         return False
-    unit, room = UnitSpec.of(spec), shared_memory(device)
-    staged = HALF_BYTES * (ZERO_HALVES + padded_columns(spec))
-    return ManySpec(unit, INPUTS[-1], torch.float16).bytes <= room and staged <= room
+    room = shared_memory(device)
+    sizes = [ManySpec(UnitSpec.of(spec), True, n, torch.float16).bytes for n in STRIP_MICROSECONDS]
+    return max(*sizes, HALF_BYTES * (ZERO_HALVES + padded_columns(spec))) <= room
 
 
 def multiply_many(
@@ -75,7 +70,7 @@ def multiply_many(
     [rows] or None and out, contiguous, of the same dtype. `can_multiply_many` must hold.
     """
     count, device = len(x), x.device
-    call = make_call(weight.spec, x.dtype, count, device)
+    call = make_call(weight.spec, "runs" in weight.tensors, x.dtype, count, device)
     stream = torch.cuda.current_stream(device).cuda_stream
     of_weight, all_inputs = addresses(weight), call.inputs * call.input_blocks
     staged = torch.empty(all_inputs * call.columns, dtype=torch.float16, device=device)
@@ -93,64 +88,71 @@ def multiply_many(
     given = *results, shares_at, count, call.splits, call.input_blocks
     call.product.launch(grid, call.shared_bytes, stream, *of_weight, *operands, *given)
     if shares is not None:
-        grid = ceil_div(out.numel(), THREADS)
+        grid = ceil_div(out.numel(), SHARES_THREADS)
         sizes = count, weight.spec.out_features, call.splits
         call.adding.launch(grid, 0, stream, shares_at, operands[1], *results, *sizes)
 
 
 @lru_cache(maxsize=4096)
-def make_call(spec: MatrixSpec, kind: torch.dtype, count: int, device: torch.device) -> Call:
+def make_call(
+    spec: MatrixSpec, outliers: bool, kind: torch.dtype, count: int, device: torch.device
+) -> Call:
     """Choose how the work is divided, and compile the kernels."""
-    inputs = next((n for n in INPUTS if n >= count), INPUTS[-1])
-    many = ManySpec(UnitSpec.of(spec), inputs, kind)
-    row_blocks, input_blocks = ceil_div(spec.out_features, ROWS), ceil_div(count, inputs)
+    inputs, splits = division_of(spec, count, device)
+    many = ManySpec(UnitSpec.of(spec), outliers, inputs, kind)
     return Call(
         staging_of(many.unit, kind, device),
         launcher_of(many, device),
         adding_of(kind, device),
         inputs,
-        input_blocks,
-        row_blocks,
-        splits_of(units_of(spec), row_blocks * input_blocks, spec.out_features * count, device),
+        ceil_div(count, inputs),
+        ceil_div(spec.out_features, many.rows),
+        splits,
         padded_columns(spec),
         many.bytes,
     )
 
 
-def splits_of(units: int, blocks: int, sums: int, device: torch.device) -> int:
-    """Of the columns: what takes least time, the sums of each split added."""
-    at_once = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+def division_of(spec: MatrixSpec, count: int, device: torch.device) -> tuple[int, int]:
+    """Inputs of a block, and splits of the columns: what takes least time, about."""
+    at_once = torch.cuda.get_device_properties(device).multi_processor_count
+    units = units_of(spec)
 
-    def cost(splits: int) -> float:
-        shares = splits * sums / UNIT_SUMS if splits > 1 else 0
-        return ceil_div(blocks * splits, at_once) * (ceil_div(units, splits) + BLOCK_UNITS) + shares
+    def microseconds(way: tuple[int, int]) -> float:
+        inputs, splits = way
+        rows = ManySpec(UnitSpec.of(spec), True, inputs, torch.float16).rows
+        blocks = ceil_div(spec.out_features, rows) * ceil_div(count, inputs) * splits
+        strips = UNIT_STRIPS * ceil_div(units, splits)
+        block = strips * STRIP_MICROSECONDS[inputs] + BLOCK_MICROSECONDS
+        shares = splits * spec.out_features * count if splits > 1 else 0
+        return ceil_div(blocks, at_once) * block + shares * SHARE_MICROSECONDS
 
-    return min(range(1, units + 1), key=cost)
+    return min(product(STRIP_MICROSECONDS, range(1, units + 1)), key=microseconds)
 
 
 @cache
 def launcher_of(spec: ManySpec, device: torch.device) -> Launcher:
     """The product, compiled for a GPU."""
-    return compiled(many_kernel(spec), SIGNATURE, device, THREADS, spec.bytes)
+    return compiled(many_kernel(spec), SIGNATURE, device, spec.threads, spec.bytes)
 
 
 @cache
 def staging_of(unit: UnitSpec, kind: torch.dtype, device: torch.device) -> Launcher:
     """The kernel that stages inputs, compiled for a GPU."""
-    spec = KernelSpec(unit, kind, STAGING_WARPS, 1, False)
+    spec = KernelSpec(unit, kind, STAGING_WARPS, 1, True)
     return compiled(cores_kernel(spec), CORES, device, spec.threads, shared_memory(device))
 
 
 @cache
 def adding_of(kind: torch.dtype, device: torch.device) -> Launcher:
     """The kernel that adds shares up, compiled for a GPU."""
-    return compiled(shares_kernel(kind), SHARES, device, THREADS, 0)
+    return compiled(shares_kernel(kind), SHARES, device, SHARES_THREADS, 0)
 
 
 def compiled(
     kernel: Any, signature: Any, device: torch.device, threads: int, shared_bytes: int
 ) -> Launcher:
-    """A kernel for a GPU, that starts when the one before it has ended."""
+    """A kernel for a GPU, that starts before the one ahead of it has ended."""
     return Launcher(
-        kernel, signature, device, threads=threads, shared_bytes=shared_bytes, early=False
+        kernel, signature, device, threads=threads, shared_bytes=shared_bytes, early=True
     )

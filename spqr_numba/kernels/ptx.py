@@ -283,18 +283,12 @@ store_uint16 = _storer("store_uint16", "st.global.b16", "uint16", "uint16 to an 
 to_shared_float = _storer(
     "to_shared_float", "st.shared.f32", "float32", "float32 to shared memory."
 )
+to_shared_int32 = _storer("to_shared_int32", "st.shared.b32", "int32", "int32 to shared memory.")
 to_shared_uint16 = _storer(
     "to_shared_uint16", "st.shared.b16", "uint16", "uint16 to shared memory."
 )
 clear_shared = effect(
     "clear_shared", "st.shared.b64 [$0], 0", (types.int32,), "Eight zero bytes to shared memory."
-)
-move_load = effect(
-    "move_load",
-    "{ .reg .b32 a, b, c, d; ld.shared.v4.b32 {a, b, c, d}, [$1];"
-    " st.global.v4.b32 [$0], {a, b, c, d}; }",
-    (types.int64, types.int32),
-    "16 bytes to an address, from shared memory.",
 )
 wait_for_dependencies = effect(
     "wait_for_dependencies",
@@ -314,6 +308,15 @@ def copier(*distances: int) -> Any:
     copies = [f"cp.async.cg.shared.global [$0 + {at}], [$1 + {at}], 16;" for at in distances]
     text = "{ " + " ".join(copies) + " }"
     return effect("copy_ahead", text, (types.int32, types.int64), "Copy runs of 16 bytes.")
+
+
+@cache
+def word_gatherer(*distances: int) -> Any:
+    """gather(address, source): 16 bytes to an address, from words of shared memory that are so far
+    from `source`."""
+    loads = [f"ld.shared.b32 w{i}, [$1 + {at}];" for i, at in enumerate(distances)]
+    text = f"{{ .reg .b32 w<4>; {' '.join(loads)} st.global.v4.b32 [$0], {{w0, w1, w2, w3}}; }}"
+    return effect("gather", text, (types.int64, types.int32), "Four words, side by side.")
 
 
 end_of_copies = effect(

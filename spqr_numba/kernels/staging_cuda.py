@@ -24,17 +24,17 @@ from .ptx import (
     let_dependents_start,
     load_uint16,
     load_words,
-    move_load,
     shared_address,
     shared_int32,
     store_float,
     store_int32,
     to_shared_uint16,
     wait_for_dependencies,
+    word_gatherer,
 )
 from .scalars import bfloat_to_float, float_to_half, power_of_two
 from .stream_cuda import WEIGHT, KernelSpec
-from .unit_cuda import HALF_BYTES, LOAD_BYTES, group_summer
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, group_summer
 
 __all__ = [
     "CORES",
@@ -116,22 +116,28 @@ def cores_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, step, count, inputs, staged, factors), a block for each input.
 
     x as for `staging_kernel`. staged: address of x' as fp16 [blocks of inputs, columns padded to
-    units / 8, inputs, 8].
+    units / 8, inputs, 8]. Of each strip, four groups, the columns are in the order in which lanes
+    have them (`strip_decoder`): the i-th eight are columns 2i and 2i + 1 of each group.
     """
     threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
+    group_bytes = HALF_BYTES * spec.unit.group_size
+    shift, strip_bytes = (spec.unit.group_size // 2).bit_length() - 1, 4 * group_bytes
+    in_strip, gather = (1 << shift) - 1, word_gatherer(*range(0, strip_bytes, group_bytes))
 
     @cuda.jit(launch_bounds=(threads, 1))
     def kernel(weight, x, step, count, inputs, staged_out, factors_out):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+        let_dependents_start()
+        wait_for_dependencies()
         factor = stage_own(weight, x, step, count, own, thread, zeros)
-        start, loads = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
-        loads, block = int32(loads >> 3), divide(own, inputs)
-        first = np.int64(block) * loads * inputs + int32(own - block * inputs)
+        start, eights = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
+        eights, block = int32(eights >> 3), divide(own, inputs)
+        first = np.int64(block) * eights * inputs + int32(own - block * inputs)
         i = thread
-        while i < loads:
-            place = staged_out + LOAD_BYTES * (first + np.int64(i) * inputs)
-            move_load(place, int32(start + LOAD_BYTES * i))
+        while i < eights:
+            source = int32(start + (i >> shift) * strip_bytes + (i & in_strip) * WORD_BYTES)
+            gather(staged_out + LOAD_BYTES * (first + np.int64(i) * inputs), source)
             i = int32(i + threads)
         if thread == 0:
             store_float(factors_out + 4 * own, factor)

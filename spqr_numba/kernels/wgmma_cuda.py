@@ -1,12 +1,14 @@
-"""Products of a warpgroup on a Hopper GPU: wgmma, of operands in shared memory.
+"""Products of a warpgroup on a Hopper GPU: wgmma, A in registers and B in shared memory.
 
 A warpgroup is four warps. Its product is sums [64, N] += A [64, K] B [N, K]^T of fp16 numbers, in
-float32, and goes on while the threads do something else. Both operands lie in *cores* of eight rows
-of eight columns, 16 bytes a row and 128 in a run; a `Tiled` says how far apart the cores are. The
-thread 4g + t of warp w has the sums of the rows 16w + g and 16w + g + 8::
+float32, and goes on while the threads do something else. B lies in *cores* of eight rows of eight
+columns, 16 bytes a row and 128 in a run; a `Tiled` says how far apart the cores are. The thread
+4g + t of warp w has, of the rows r = 16w + g and r + 8::
 
-    sums[4j], sums[4j + 1]         row 16w + g          columns 8j + 2t and 8j + 2t + 1
-    sums[4j + 2], sums[4j + 3]     row 16w + g + 8      the same
+    words[4s], words[4s + 1]           A of r, of r + 8      columns 16s + 2t and 16s + 2t + 1
+    words[4s + 2], words[4s + 3]       A of r, of r + 8      columns 16s + 2t + 8 and 16s + 2t + 9
+    sums[4j], sums[4j + 1]             row r                 columns 8j + 2t and 8j + 2t + 1
+    sums[4j + 2], sums[4j + 3]         row r + 8             the same
 
 Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 """
@@ -29,16 +31,15 @@ __all__ = [
     "CORE_ROWS",
     "CORE_ROW_BYTES",
     "STEP_COLUMNS",
-    "WARPGROUP_ROWS",
+    "STEP_WORDS",
     "Tiled",
-    "let_tensor_cores_see",
     "products_done",
     "sums_writer",
     "warpgroup_product",
 ]
 
-WARPGROUP_ROWS = 64
 STEP_COLUMNS = 16  # of one wgmma
+STEP_WORDS = 4  # of A that a lane has of one
 CORE_ROWS = 8
 CORE_ROW_BYTES = 16
 CORE_BYTES = CORE_ROWS * CORE_ROW_BYTES
@@ -47,7 +48,7 @@ UNIT_BYTES = 16  # in which a descriptor counts
 
 @dataclass(frozen=True)
 class Tiled:
-    """How an operand's cores lie: bytes from one to the next, along the columns and the rows."""
+    """How B's cores lie: bytes from one to the next, along the columns and the rows."""
 
     column_step: int
     row_step: int = CORE_BYTES
@@ -59,47 +60,48 @@ class Tiled:
 
 
 @cache
-def warpgroup_product(inputs: int, steps: int, a: Tiled, b: Tiled) -> Any:
-    """multiply(sums, a, b) -> sums, on their way: A [64, 16 steps] times B [inputs, 16 steps]^T.
+def warpgroup_product(inputs: int, steps: int, b: Tiled) -> Any:
+    """multiply(sums, words, b) -> sums, to which A [64, 16 steps] B [inputs, 16 steps]^T comes.
 
-    sums: float32 tuple of inputs / 2; a, b: shared addresses. For all threads of a warpgroup
-    together; nothing may look at the sums before `products_done`.
+    sums: float32 tuple of inputs / 2; words: int32 tuple of 4 steps; b: shared address. For all
+    threads of a warpgroup together; nothing may look at the sums before `products_done`.
     """
 
     @intrinsic
-    def multiply(typingctx, sums, a_start, b_start):
+    def multiply(typingctx, sums, words, b_start):
         def codegen(context, builder, signature, arguments):
-            sums, *starts = arguments
-            grown = started(Ptx(builder), unpacked(builder, sums), starts, steps, (a, b))
-            return packed(builder, grown)
+            sums, words, start = arguments
+            operands = unpacked(builder, sums), unpacked(builder, words), start
+            return packed(builder, started(Ptx(builder), *operands, b))
 
-        return sums(sums, types.int32, types.int32), codegen
+        assert (len(sums), len(words)) == (inputs // 2, STEP_WORDS * steps)
+        return sums(sums, words, types.int32), codegen
 
     return multiply
 
 
 def started(
-    ptx: Ptx, sums: list[ir.Value], starts: list[ir.Value], steps: int, tiled: tuple[Tiled, Tiled]
+    ptx: Ptx, sums: list[ir.Value], words: list[ir.Value], b_start: ir.Value, b: Tiled
 ) -> list[ir.Value]:
     """What `warpgroup_product` writes: one piece of assembly, since sums must stay where they are
     from the first product to the last."""
-    count = len(sums)
+    count, steps = len(sums), len(words) // STEP_WORDS
     names = ", ".join(f"${i}" for i in range(count))
     kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k{STEP_COLUMNS}.f32.f16.f16"
-    lines = ["{ .reg .b64 a, b; .reg .b32 word; .reg .pred add; setp.ne.b32 add, 1, 0;"]
-    for name, place, operand in zip("ab", (count, count + 1), tiled, strict=True):
-        lines.append(f"shr.u32 word, ${place}, 4; cvt.u64.u32 {name}, word;")
-        lines.append(f"or.b64 {name}, {name}, {operand.constant};")
+    lines = ["{ .reg .b64 b; .reg .b32 word; .reg .pred add; setp.ne.b32 add, 1, 0;"]
+    lines.append(f"shr.u32 word, ${count}, 4; cvt.u64.u32 b, word; or.b64 b, b, {b.constant};")
     lines.append("wgmma.fence.sync.aligned;")
+    distance = STEP_COLUMNS // CORE_ROWS * b.column_step // UNIT_BYTES
     for step in range(steps):
-        lines.append(f"{kind} {{{names}}}, a, b, add, 1, 1, 0, 0;")
+        first = count + 1 + STEP_WORDS * step
+        a = ", ".join(f"${first + i}" for i in range(STEP_WORDS))
+        lines.append(f"{kind} {{{names}}}, {{{a}}}, b, add, 1, 1, 0;")
         if step + 1 < steps:
-            for name, operand in zip("ab", tiled, strict=True):
-                distance = STEP_COLUMNS // CORE_ROWS * operand.column_step // UNIT_BYTES
-                lines.append(f"add.s64 {name}, {name}, {distance};")
+            lines.append(f"add.s64 b, b, {distance};")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    constraints = ["=f"] * count + ["r", "r"] + [str(i) for i in range(count)] + ["~{memory}"]
-    arguments = [*starts, *sums]
+    constraints = ["=f"] * count + ["r"] * (1 + len(words))
+    constraints += [str(i) for i in range(count)] + ["~{memory}"]
+    arguments = [b_start, *words, *sums]
     return ptx.emit(
         " ".join(lines), ",".join(constraints), [FLOAT] * count, arguments, ordered=True
     )
@@ -140,15 +142,9 @@ def put_sums(
         ptx.store_shared_floats(builder.add(place, i32(WORD_BYTES * distance)), [value])
 
 
-products_done = effect(
-    "products_done",
-    "wgmma.wait_group.sync.aligned 0",
-    (),
-    "Until the warpgroup's products have read their operands and left their sums.",
-)
-let_tensor_cores_see = effect(
-    "let_tensor_cores_see",
-    "fence.proxy.async.shared::cta",
-    (),
-    "What the thread wrote to shared memory, before a barrier behind which they are to read it.",
-)
+@cache
+def products_done(but: int) -> Any:
+    """An intrinsic that waits until the warpgroup's products, all but those that were set off in
+    the latest `but` turns, have read their operands and left their sums."""
+    text = f"wgmma.wait_group.sync.aligned {but}"
+    return effect("wait_for_products", text, (), "Until earlier products have happened.")

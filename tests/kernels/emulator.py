@@ -32,6 +32,8 @@ KERNELS = (
     "product_cuda",
     "prepared_cuda",
     "matmul_cuda",
+    "many_tile_cuda",
+    "many_results_cuda",
     "many_cuda",
     "matmul_many_cuda",
 )  # that `jit` sees
@@ -87,6 +89,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "shared_int32": partial(shared, np.int32),
             "shared_float": partial(shared, FLOAT),
             "shared_uint16": partial(shared, np.uint16),
+            "to_shared_int32": partial(to_shared, np.int32),
             "to_shared_uint16": partial(to_shared, np.uint16),
             "to_shared_float": partial(to_shared, FLOAT),
             "clear_shared": lambda address: to_shared(np.uint64, address, 0),
@@ -94,7 +97,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "store_uint16": partial(write, ctypes.c_uint16, int),
             "store_int32": partial(write, ctypes.c_int32, int),
             "store_float": partial(write, ctypes.c_float, float),
-            "move_load": move_load,
+            "word_gatherer": word_gatherer,
             "copier": partial(copier, late),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
@@ -123,15 +126,21 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         "unit_numbers_cuda": constants
         | {
             "unit_writer": unit_writer,
-            "half_decoder": half_decoder,
-            "half_writer": half_writer,
+            "strip_decoder": strip_decoder,
         },
         "wgmma_cuda": {
             "i32": constants["i32"],
             "warpgroup_product": partial(warpgroup_product, late),
             "products_done": products_done,
             "sums_writer": sums_writer,
-            "let_tensor_cores_see": lambda: None,
+        },
+        "bulk_cuda": {
+            "make_barrier": make_barrier,
+            "let_copy_engine_see": lambda: None,
+            "arrive": lambda address: here.block.barriers[int(address)].arrive(),
+            "expect_bytes": lambda at, count: here.block.barriers[int(at)].expect(int(count)),
+            "bulk_copy": partial(bulk_copy, late),
+            "wait_for_phase": lambda at, parity: here.block.barriers[int(at)].wait(int(parity)),
         },
         "unit_several_cuda": words_and_floats,
         "codes_cuda": {"i32": constants["i32"]},
@@ -148,6 +157,7 @@ class Block:
         self.index, self.grid = index, grid
         self.memory = np.full(shared_bytes, 0xFF, np.uint8)
         self.arrays: dict[Any, np.ndarray] = {}
+        self.barriers: dict[int, Phases] = {}
         self.barrier = threading.Barrier(threads)
         self.warps = [Meeting(LANES) for _ in range(threads // LANES)]
         self.warpgroups = [Meeting(WARPGROUP) for _ in range(threads // WARPGROUP)]
@@ -217,6 +227,8 @@ class Launcher:
             errors.append(error)
             for meeting in (block, *block.warps, *block.warpgroups):
                 meeting.barrier.abort()
+            for phases in list(block.barriers.values()):
+                phases.abort()
 
 
 class Cuda:
@@ -288,10 +300,16 @@ def load_words(address: int) -> tuple[Any, ...]:
     return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
 
 
-def move_load(address: int, source: Any) -> None:
-    """Four words from shared memory."""
-    assert int(address) % LOAD_BYTES == int(source) % LOAD_BYTES == 0
-    ctypes.memmove(int(address), here.block.memory.ctypes.data + int(source), LOAD_BYTES)
+def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
+    """ptx.word_gatherer."""
+
+    def gather(address: int, source: Any) -> None:
+        assert int(address) % LOAD_BYTES == 0
+        for i, distance in enumerate(distances):
+            word = shared(np.uint32, source + distance)
+            write(ctypes.c_uint32, int, int(address) + 4 * i, word)
+
+    return gather
 
 
 def shared(dtype: Any, address: Any) -> Any:
@@ -361,19 +379,96 @@ def decoded_statistic(code: Any, step: Any, base: Any) -> Any:
     return FLOAT(HALF(FLOAT(np.float64(code) * step + base)))
 
 
-# --- Products of a warpgroup, whose operands are read when they happen
+# --- The copy engine
 
 
-def warpgroup_product(late: bool, inputs: int, steps: int, a: Any, b: Any) -> Callable[..., Any]:
+class Phases:
+    """A barrier in shared memory: passes when all have arrived and all bytes are there."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.missing = count
+        self.bytes, self.parity, self.aborted = 0, 0, False
+        self.copies: list[Callable[[], None]] = []  # that are late
+        self.changed = threading.Condition(threading.RLock())
+
+    def arrive(self, expected: int = 0) -> None:
+        """One thread, which lets the barrier wait for so many bytes."""
+        with self.changed:
+            self.bytes += expected
+            self.missing -= 1
+            assert self.missing >= 0
+            self.pass_if_complete()
+
+    expect = arrive
+
+    def receive(self, count: int) -> None:
+        """Bytes that have arrived."""
+        with self.changed:
+            self.bytes -= count
+            self.pass_if_complete()
+
+    def pass_if_complete(self) -> None:
+        """To the next phase."""
+        if self.missing == self.bytes == 0:
+            self.missing, self.parity = self.count, 1 - self.parity
+            self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        """Until the phase of this parity has passed; by then late copies must be there."""
+        with self.changed:
+            while self.parity == parity:
+                while self.copies:
+                    self.copies.pop(0)()
+                if self.parity == parity:
+                    self.changed.wait()
+                if self.aborted:
+                    raise threading.BrokenBarrierError
+
+    def abort(self) -> None:
+        """Let nobody wait any longer."""
+        with self.changed:
+            self.aborted = True
+            self.parity = 2  # neither of the two
+            self.changed.notify_all()
+
+
+def make_barrier(address: Any, count: Any) -> None:
+    """bulk_cuda.make_barrier."""
+    assert int(address) % 8 == 0
+    here.block.barriers[int(address)] = Phases(int(count))
+
+
+def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> None:
+    """bulk_cuda.bulk_copy: now, or when the barrier is waited for."""
+    assert int(to) % LOAD_BYTES == int(source) % LOAD_BYTES == int(count) % LOAD_BYTES == 0
+    memory, phases = here.block.memory, here.block.barriers[int(barrier)]
+    assert 0 <= to <= len(memory) - count
+
+    def happen() -> None:
+        ctypes.memmove(memory.ctypes.data + int(to), int(source), int(count))
+        phases.receive(int(count))
+
+    if late:
+        with phases.changed:
+            phases.copies.append(happen)
+            phases.changed.notify_all()
+    else:
+        happen()
+
+
+# --- Products of a warpgroup, whose second operand is read when they happen
+
+
+def warpgroup_product(late: bool, inputs: int, steps: int, b: Any) -> Callable[..., Any]:
     """wgmma_cuda.warpgroup_product; sums are arrays of one number, which a product fills."""
 
     def start(group: Meeting, memory: np.ndarray, given: list[Any]) -> Any:
-        sums, a_starts, b_starts = zip(*given, strict=True)
-        assert len({*a_starts}) == len({*b_starts}) == 1
+        sums, words, b_starts = zip(*given, strict=True)
+        assert len({*b_starts}) == 1
         grown = [[np.full((), np.nan, FLOAT) for _ in own] for own in sums]
+        left = rows_of_words(np.array(words).astype(WORD), steps)
 
         def happen() -> None:
-            left = operand(memory, a_starts[0], a, WARPGROUP // 2, steps)
             right = operand(memory, b_starts[0], b, inputs, steps)
             product = left @ right.T  # [w, half, g, j, t, pair] to [w, g, t], [j, half, pair]
             product = product.reshape(4, 2, 8, -1, 4, 2).transpose(0, 2, 4, 3, 1, 5)
@@ -394,6 +489,13 @@ def warpgroup_product(late: bool, inputs: int, steps: int, a: Any, b: Any) -> Ca
     return multiply
 
 
+def rows_of_words(words: np.ndarray, steps: int) -> np.ndarray:
+    """float64 [64, 16 steps] from what the threads of a warpgroup hold of A."""
+    # thread = 32 w + 4 g + t; words: [step, eight of k, half of rows]
+    numbers = halves(words).reshape(4, 8, 4, steps, 2, 2, 2).transpose(0, 5, 1, 3, 4, 2, 6)
+    return numbers.reshape(WARPGROUP // 2, 16 * steps).astype(np.float64)
+
+
 def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int, steps: int) -> np.ndarray:
     """float64 [rows, 16 steps] from cores."""
     row, column = np.ogrid[:rows, : 16 * steps]
@@ -402,16 +504,20 @@ def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int, steps: int) -
     return memory[: len(memory) // 8 * 8].view(HALF)[place // 2].astype(np.float64)
 
 
-def happen_all(group: Meeting) -> None:
-    """All products, in their order."""
-    while group.pending:
+def happen_all(group: Meeting, but: int = 0) -> None:
+    """All products but the latest, in their order."""
+    while len(group.pending) > but:
         group.pending.pop(0)()
 
 
-def products_done() -> None:
+def products_done(but: int) -> Callable[[], None]:
     """wgmma_cuda.products_done."""
-    group = here.warpgroup
-    group.together(lambda given: [happen_all(group)] * len(given))
+
+    def wait() -> None:
+        group = here.warpgroup
+        group.together(lambda given: [happen_all(group, but)] * len(given))
+
+    return wait
 
 
 def sums_writer(row_floats: int) -> Callable[..., None]:
@@ -456,29 +562,16 @@ def unit_writer(spec: Any, dtype: Any) -> Callable[..., None]:
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 
 
-def half_decoder(spec: Any, octet: int, half: int) -> Callable[..., Any]:
-    """unit_numbers_cuda.half_decoder."""
-    from spqr_numba.kernels.unit_numbers_cuda import HalfOctet
+def strip_decoder(spec: Any, octet: int, half: int, patched: bool) -> Callable[..., Any]:
+    """unit_numbers_cuda.strip_decoder."""
+    from spqr_numba.kernels.unit_numbers_cuda import Strip
 
     def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
-        places = (np.array(part).astype(WORD) for part in zip(*given, strict=True))
+        *places, patch = (np.array(part).astype(WORD) for part in zip(*given, strict=True))
         with np.errstate(all="ignore"):
-            words = HalfOctet(Instructions(memory), spec, *places).decode(octet, half)
+            strip = Strip(Instructions(memory), spec, *places, patch if patched else None)
+            words = strip.decode(octet, half)
         return list(zip(*words, strict=True))
-
-    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
-
-
-def half_writer(spec: Any, column_step: int) -> Callable[..., None]:
-    """unit_numbers_cuda.half_writer."""
-    from spqr_numba.kernels.unit_numbers_cuda import put_half
-
-    def run(memory: np.ndarray, given: list[Any]) -> list[None]:
-        out, lane, words = zip(*given, strict=True)
-        places = (np.array(part).astype(WORD) for part in (out, lane))
-        columns = [np.array(word) for word in zip(*words, strict=True)]
-        put_half(Instructions(memory), spec, column_step, *places, columns)  # type: ignore[arg-type]
-        return [None] * LANES
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 

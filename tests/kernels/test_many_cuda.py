@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from spqr_numba.kernels.many_spec import SHARED_BYTES, ManySpec
 from spqr_numba.kernels.matmul import aligned_rows
-from spqr_numba.kernels.prepared import prepare
+from spqr_numba.kernels.prepared import prepare, units_of
 from spqr_numba.kernels.unit_cuda import UnitSpec
 
 from ..gpu import HOPPER, NEW, assert_no_spills, needs_numba_cuda, ptx_of
@@ -22,22 +23,25 @@ from .test_matmul_cuda import CASES, build, run, weights_of
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "splits", "dtype", "arrival"),
+    ("name", "batch", "inputs", "splits", "dtype", "arrival"),
     [
-        ("no outliers", 2, 1, torch.bfloat16, "early"),
-        ("all outliers in one row", 33, 2, torch.float16, "late"),
-        ("4 bit", 5, 1, torch.float16, "late"),
-        ("group 8, stats 64", 7, 2, torch.bfloat16, "late"),
+        ("no outliers", 2, 32, 1, torch.bfloat16, "early"),
+        ("all outliers in one row", 33, 32, 2, torch.float16, "late"),
+        ("4 bit", 5, 32, 1, torch.float16, "late"),
+        ("group 8, stats 64", 7, 32, 2, torch.bfloat16, "late"),
+        ("2 bit", 3, 256, 1, torch.float16, "early"),
     ],
     ids=str,
 )
-def test_emulated(name: str, batch: int, splits: int, dtype: torch.dtype, arrival: str) -> None:
+def test_emulated(
+    name: str, batch: int, inputs: int, splits: int, dtype: torch.dtype, arrival: str
+) -> None:
     matrix = build(name)
     x = make_x(batch, matrix.spec.in_features, dtype=dtype)
     bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
     y = torch.full((batch, matrix.spec.out_features), float("nan"), dtype=dtype)
     with emulated(arrival, "matmul_many_cuda") as room:
-        room.splits_of = lambda units, blocks, sums, device: splits
+        room.division_of = lambda spec, count, device: (inputs, splits)
         room.STAGING_WARPS = 1  # of as many blocks as there are inputs
         room.multiply_many(aligned_rows(x), prepare(matrix), bias, y)
     assert_right(y, x, matrix, bias, torch.float16)
@@ -45,14 +49,25 @@ def test_emulated(name: str, batch: int, splits: int, dtype: torch.dtype, arriva
 
 @needs_numba_cuda
 @pytest.mark.parametrize(
-    ("bits", "group_size", "inputs"), [(3, 16, 128), (2, 16, 64), (4, 16, 128), (3, 8, 32)]
+    ("bits", "group_size", "outliers", "inputs"),
+    [
+        (3, 16, True, 128),
+        (3, 16, True, 256),
+        (2, 16, False, 64),
+        (2, 16, True, 256),
+        (4, 16, True, 128),
+        (4, 16, True, 256),
+        (3, 8, True, 32),
+        (3, 8, True, 128),
+        (3, 8, True, 256),
+    ],
 )
-def test_ptx(bits: int, group_size: int, inputs: int, tmp_path: Path) -> None:
-    """Products of warpgroups and copies of 16 bytes; no float64, nothing in local memory, no
-    spills, and no product that waits for the one before it."""
-    from spqr_numba.kernels.many_cuda import SIGNATURE, ManySpec, many_kernel
+def test_ptx(bits: int, group_size: int, outliers: bool, inputs: int, tmp_path: Path) -> None:
+    """Products of warpgroups and copies of 16 bytes and more; no float64, nothing in local memory,
+    no spills, and no product that waits for the one before it."""
+    from spqr_numba.kernels.many_cuda import SIGNATURE, many_kernel
 
-    spec = ManySpec(UnitSpec(bits, bits, group_size), inputs, torch.float16)
+    spec = ManySpec(UnitSpec(bits, bits, group_size), outliers, inputs, torch.float16)
     kernel = many_kernel.__wrapped__(spec)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, HOPPER, launch_bounds=bounds)
@@ -60,13 +75,14 @@ def test_ptx(bits: int, group_size: int, inputs: int, tmp_path: Path) -> None:
     assert products
     assert len(products) % (2 * group_size) == 0
     assert "cp.async.cg.shared.global" in ptx
+    assert "cp.async.bulk.shared::cluster.global" in ptx
     assert_no_spills(ptx, HOPPER, tmp_path)
 
 
 @needs_numba_cuda
 def test_ptx_of_shares(tmp_path: Path) -> None:
     """No float64, nothing in local memory, no spills."""
-    from spqr_numba.kernels.many_cuda import SHARES, shares_kernel
+    from spqr_numba.kernels.many_results_cuda import SHARES, shares_kernel
 
     kernel = shares_kernel.__wrapped__(torch.bfloat16)
     bounds = kernel.targetoptions["launch_bounds"]
@@ -75,28 +91,27 @@ def test_ptx_of_shares(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [8, 16])
-@pytest.mark.parametrize("inputs", [32, 64, 128])
-def test_two_blocks_fit(bits: int, group_size: int, inputs: int) -> None:
-    """And so do a block's results, in the place of all else."""
-    with emulated("early", "many_cuda") as room:
-        spec = room.ManySpec(UnitSpec(bits, bits, group_size), inputs, torch.float16)
-        assert 4 * inputs * room.RESULT_FLOATS <= spec.bytes <= room.SHARED_BYTES
-        assert spec.run_bytes >= 1024
+@pytest.mark.parametrize("inputs", [32, 64, 128, 256])
+def test_a_block_fits(bits: int, group_size: int, inputs: int) -> None:
+    """And so do its results, in the place of all else, and the outliers of a usual run."""
+    spec = ManySpec(UnitSpec(bits, bits, group_size), True, inputs, torch.float16)
+    assert 4 * inputs * spec.result_floats <= spec.bytes <= SHARED_BYTES
+    assert spec.run_bytes >= 1024
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("splits", [None, 1, 2])
+@pytest.mark.parametrize("division", [None, (128, 1), (128, 2), (256, 1), (32, 1)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_matrix(
-    name: str, splits: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, division: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many splits of the columns as are best, or so few that a block walks many units."""
+    """Divided as is best, or otherwise, and so little that a block walks many units."""
     from spqr_numba.kernels import matmul_many_cuda
 
     matrix = build(name)
-    if splits is not None:
-        few = min(splits, matmul_many_cuda.units_of(matrix.spec))
-        monkeypatch.setattr(matmul_many_cuda, "splits_of", lambda *given: few)
+    if division is not None:
+        few = division[0], min(division[1], units_of(matrix.spec))
+        monkeypatch.setattr(matmul_many_cuda, "division_of", lambda *given: few)
     matmul_many_cuda.make_call.cache_clear()
     x = make_x(70, matrix.spec.in_features, dtype=torch.float16)
     assert_right(run(x, matrix), x, matrix, weights=weights_of(70, x.dtype))

@@ -1,0 +1,65 @@
+"""The copy engine of a Hopper GPU, and the barriers in shared memory that tell what it has done.
+
+One thread asks for a run of bytes, however long, and goes on. A *barrier* passes, from phase to
+phase, when as many threads have arrived as it was made for, and all bytes that they expect with it
+are there. Who waits names the parity of the phase that he waits for: 0 for the first, 1 for the
+next and, of one that nobody has used yet, for the one before the first.
+
+Source: PTX ISA, "mbarrier" and "cp.async.bulk".
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from .ptx import effect
+
+__all__ = [
+    "BARRIER_BYTES",
+    "arrive",
+    "bulk_copy",
+    "expect_bytes",
+    "let_copy_engine_see",
+    "make_barrier",
+    "wait_for_phase",
+]
+
+BARRIER_BYTES = 8
+
+make_barrier = effect(
+    "make_barrier",
+    "mbarrier.init.shared::cta.b64 [$0], $1",
+    (types.int32, types.int32),
+    "A barrier at a shared address, for so many threads to arrive.",
+)
+let_copy_engine_see = effect(
+    "let_copy_engine_see",
+    "fence.mbarrier_init.release.cluster",
+    (),
+    "Barriers that the thread has made, before a barrier of the block behind which they are used.",
+)
+arrive = effect(
+    "arrive",
+    "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [$0]; }",
+    (types.int32,),
+    "At a barrier.",
+)
+expect_bytes = effect(
+    "expect_bytes",
+    "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0], $1; }",
+    (types.int32, types.int32),
+    "Arrive at a barrier, and let it wait for so many bytes.",
+)
+bulk_copy = effect(
+    "bulk_copy",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3]",
+    (types.int32, types.int64, types.int32, types.int32),
+    "Copy bytes from global to shared memory, both where 16 divides, and tell a barrier.",
+)
+wait_for_phase = effect(
+    "wait_for_phase",
+    "{ .reg .pred passed; again: mbarrier.try_wait.parity.shared::cta.b64 passed, [$0], $1;"
+    " @!passed bra again; }",
+    (types.int32, types.int32),
+    "Until a barrier has passed its phase of this parity.",
+)
