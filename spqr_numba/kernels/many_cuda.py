@@ -46,7 +46,7 @@ from .many_tile_cuda import (
     ahead_copier,
     patch_clearer,
     run_opener,
-    strip_maker,
+    strip_runner,
     tile_finder,
     unit_copier,
 )
@@ -64,7 +64,7 @@ from .ptx import (
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .stream_cuda import WEIGHT
 from .unit_cuda import WORD_BYTES
-from .wgmma_cuda import STEP_COLUMNS, products_done, sums_writer, warpgroup_product
+from .wgmma_cuda import products_done, sums_writer
 
 __all__ = ["SIGNATURE", "many_kernel"]
 
@@ -220,12 +220,9 @@ def strip_function(spec: ManySpec, octet: int, half: int) -> Any:
     """run_strip(...), as `unit_function`'s: decoded, while the strip before is multiplied, and set
     off; when the one before is done, its stage is the next one's to be filled."""
     in_unit = octet * 2 + half
-    make_strip, copy_ahead = strip_maker(spec, octet, half), ahead_copier(spec, octet, half)
-    multiply = warpgroup_product(spec.inputs, spec.columns // STEP_COLUMNS, spec.b)
-    products_before_done = products_done(spec.in_flight)
-    wait_for_codes = copies_done(BLOCK_STRIPS)
+    multiply_strip, copy_ahead = strip_runner(spec, octet, half), ahead_copier(spec, octet, half)
+    products_before_done, wait_for_codes = products_done(spec.in_flight), copies_done(BLOCK_STRIPS)
     release, refill = stage_releaser(spec, in_unit), stage_filler(spec, in_unit)
-    columns, in_segment = spec.columns, SEGMENT_COLUMNS // spec.columns - 1
     full, stage = spec.full(in_unit % STAGES), spec.stage(in_unit % STAGES)
     parity = in_unit // STAGES % 2
 
@@ -233,12 +230,9 @@ def strip_function(spec: ManySpec, octet: int, half: int) -> Any:
     def run_strip(weight, tile, staged, unit, end, zero, sums, cursor):
         wait_for_codes()
         cuda.syncwarp()
-        strip = int32(UNIT_STRIPS * unit + in_unit)
-        words, cursor = make_strip(
-            weight, tile, unit, int32((strip & in_segment) * columns), cursor
-        )
         wait_for_phase(int32(zero + full), int32(parity))
-        sums = multiply(sums, words, int32(zero + stage))
+        inputs = int32(zero + stage)
+        sums, cursor = multiply_strip(weight, tile, unit, inputs, sums, cursor)
         products_before_done()
         release(tile, zero)
         copy_ahead(weight, tile, unit, end)

@@ -23,7 +23,7 @@ from .bulk_cuda import BARRIER_BYTES
 from .prepared import LANES, UNIT_GROUPS
 from .runs import TILE_ROWS
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, UnitSpec
-from .wgmma_cuda import CORE_ROW_BYTES, CORE_ROWS, Tiled
+from .wgmma_cuda import CORE_ROW_BYTES, CORE_ROWS, STEP_COLUMNS, Tiled
 
 __all__ = [
     "PLACE",
@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 WARPS, FEW_WARPS = 16, 8
-MOST_OF_MANY_WARPS = 128  # inputs whose sums fit into the registers that each has then
+MOST_OF_MANY_WARPS = {True: 128, False: 64}
+"""Whether there are outliers -> inputs whose sums fit into the registers that each has then; with
+no outliers to wait for, the assembler holds more at once."""
 STRIP_GROUPS = 4
 UNIT_STRIPS = UNIT_GROUPS // STRIP_GROUPS
 STAGES = 4  # of B: a divisor of UNIT_STRIPS, so that each strip of a unit has one of its own
@@ -57,13 +59,13 @@ class ManySpec:
     @property
     def warp_count(self) -> int:
         """Of a block."""
-        return WARPS if self.inputs <= MOST_OF_MANY_WARPS else FEW_WARPS
+        return WARPS if self.inputs <= MOST_OF_MANY_WARPS[self.outliers] else FEW_WARPS
 
     @property
     def in_flight(self) -> int:
-        """Strips that a warpgroup's tensor cores are still at while it decodes the next: many warps
-        hide that, but have no registers for the words of two strips."""
-        return 0 if self.warp_count == WARPS else 1
+        """Products of the strip before that tensor cores may be at while a strip is begun: many
+        warps need none, and have no registers for the words of two strips."""
+        return 0 if self.warp_count == WARPS else self.columns // STEP_COLUMNS
 
     @property
     def threads(self) -> int:

@@ -14,19 +14,19 @@ import numpy as np
 from .launch import numba_cuda
 from .many_spec import STRIP_GROUPS, ManySpec
 from .prepared import ALL_LANES, LANES
-from .ptx import clear_shared, copier, load_int32, shared_int32, shared_uint16
+from .ptx import anew, clear_shared, copier, load_int32, shared_int32, shared_uint16
 from .ptx import to_shared_uint16 as put_half
 from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .stream_cuda import run_of
+from .strip_cuda import strip_multiplier
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES
-from .unit_numbers_cuda import strip_decoder
 
 __all__ = [
     "Tile",
     "ahead_copier",
     "patch_clearer",
     "run_opener",
-    "strip_maker",
+    "strip_runner",
     "tile_finder",
     "unit_copier",
 ]
@@ -61,25 +61,24 @@ def tile_finder(spec: ManySpec) -> Any:
     return tile_of
 
 
-def strip_maker(spec: ManySpec, octet: int, half: int) -> Any:
-    """make_strip(weight, tile, unit, first, cursor) -> words of A, cursor.
-
-    first: of the strip's columns in the segment; cursor: as `run_opener`'s.
-    """
-    of_unit = spec.unit
-    decode = strip_decoder(of_unit, octet, half, spec.outliers)
+def strip_runner(spec: ManySpec, octet: int, half: int) -> Any:
+    """multiply_strip(weight, tile, unit, inputs, sums, cursor) -> the last two, as they are behind
+    it: sums on their way, and the cursor of `run_opener`. inputs: shared address of B."""
+    of_unit, in_unit = spec.unit, octet * 2 + half
+    multiply = strip_multiplier(of_unit, octet, half, spec.outliers, spec.b)
     block_of, statistics_of = block_place(spec, octet // of_unit.octets), statistics_place(spec)
-    put, outliers = outlier_putter(spec), spec.outliers
+    put, outliers = outlier_putter(spec, in_unit), spec.outliers
 
     @cuda.jit(device=True, forceinline=True)
-    def make_strip(weight, tile, unit, first, cursor):
+    def multiply_strip(weight, tile, unit, inputs, sums, cursor):
         if outliers:
-            cursor = put(weight, tile, unit, first, cursor)
+            cursor = put(weight, tile, unit, cursor)
             cuda.syncwarp()
         codes, statistics = block_of(tile.own, unit), statistics_of(tile.own, unit)
-        return decode(codes, statistics, tile.lane, tile.own), cursor
+        sums = multiply(sums, codes, statistics, tile.lane, tile.own, inputs)
+        return sums, cursor
 
-    return make_strip
+    return multiply_strip
 
 
 # --- Copying ahead
@@ -172,7 +171,9 @@ def record_finder(spec: ManySpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def record_of(weight, tile, unit):
-        return weight.records + np.int64(int32(tile.number * weight.units + unit)) * record_bytes
+        return (
+            weight.records + np.int64(int32(anew(tile.number) * weight.units + unit)) * record_bytes
+        )
 
     return record_of
 
@@ -205,7 +206,7 @@ def statistics_copier(spec: ManySpec) -> Any:
         if at < stat_bytes:
             copy_ahead(to, record_of(weight, tile, of_unit) + code_bytes + at)
         if at < second_bytes:
-            stats = int32((tile.number >> weight.stats_shift) * weight.units + of_unit)
+            stats = int32((anew(tile.number) >> weight.stats_shift) * weight.units + of_unit)
             source = weight.second_level + np.int64(stats) * second_bytes + at
             copy_ahead(int32(to + stat_bytes), source)
 
@@ -294,14 +295,16 @@ def entry_reader(spec: ManySpec) -> Any:
     return entry_at
 
 
-def outlier_putter(spec: ManySpec) -> Any:
-    """put(weight, tile, unit, first, cursor) -> cursor: a strip's outliers into the patch."""
-    columns, entry_at = spec.columns, entry_reader(spec)
+def outlier_putter(spec: ManySpec, in_unit: int) -> Any:
+    """put(weight, tile, unit, cursor) -> cursor: outliers of a unit's strip into the patch."""
+    columns, of_unit, entry_at = spec.columns, spec.unit.columns, entry_reader(spec)
     of_group, segment_of = spec.unit.group_size - 1, segment_finder(spec)
     group_shift, part_bytes = of_group.bit_length(), TILE_ROWS * QUAD_BYTES
+    in_segment, before = SEGMENT_COLUMNS - 1, in_unit * spec.columns
 
     @cuda.jit(device=True, forceinline=True)
-    def put(weight, tile, unit, first, cursor):
+    def put(weight, tile, unit, cursor):
+        first = int32((unit * of_unit & in_segment) + before)
         own, behind = int32(tile.own + (tile.lane >> 1) * QUAD_BYTES), int32(first + columns)
         k, end, entry = cursor
         while int32(entry & HALF_MASK) < behind:

@@ -251,6 +251,17 @@ def divide(typingctx, one, other):
     return types.int32(types.int32, types.int32), codegen
 
 
+@intrinsic
+def anew(typingctx, number):
+    """An int32 as it is; what is computed from it is computed here, each time, and not kept in a
+    register from before."""
+
+    def codegen(context, builder, signature, arguments):
+        return Ptx(builder).emit("mov.b32 $0, $1", "=r,r", [WORD], arguments, ordered=True)
+
+    return types.int32(types.int32), codegen
+
+
 def effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
     """An intrinsic without a result, that nothing may move across."""
     signature_of = types.none(*arguments)

@@ -1,9 +1,8 @@
 """A unit of a prepared weight (prepared.py) as numbers: what a warp writes of it.
 
 A lane owns whole groups of the rows g and g + 8, t and t + 4 of each octet. It takes their scales
-and zeros from the lane of the quad that has decoded them. For products with many inputs the numbers
-are halves and stay in its registers. Else it writes 16 bytes at a time to shared memory, to pass
-through it, since global memory takes whole rows of an octet better; there each weight is
+and zeros from the lane of the quad that has decoded them, and writes 16 bytes at a time to shared
+memory, to pass through it, since global memory takes whole rows of an octet better. Each weight is
 scale * (code - zero) in float32, bit for bit as elsewhere, and rounded to its dtype.
 """
 
@@ -18,16 +17,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .codes_cuda import SUBNORMAL_UNIT, both, code_place, exact_codes, masked_pair
+from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
 from .prepared import LANES, OCTET, QUARTERS
 from .ptx import Ptx, f32, i32, i64
 from .runs import TILE_ROWS
-from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 
-__all__ = ["Copying", "strip_decoder", "unit_writer"]
+__all__ = ["Copying", "loaded_words", "owners", "unit_writer"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
-QUAD = 4  # lanes of a row
 
 
 @dataclass(frozen=True)
@@ -82,31 +80,6 @@ def unit_writer(spec: UnitSpec, dtype: torch.dtype) -> Any:
         return types.none(*(words,) * 3, addresses, addresses, words, words), codegen
 
     return write_unit
-
-
-@cache
-def strip_decoder(spec: UnitSpec, octet: int, half: int, patched: bool) -> Any:
-    """decode(codes, statistics, lane, patch) -> words of a strip, four groups of the unit's octet:
-    those that the lanes t own as their groups t for half 0, t + 4 for half 1.
-
-    codes, statistics: shared addresses of the octet's block and of the unit's statistics; patch: of
-    what is added to the strip, where `patched` says so, fp16 [group_size / 8, 16 rows, 4 lanes t,
-    8], and is all zeros then. Words are fp16 by twos, as wgmma_cuda.py has those of A, if its
-    columns 8i + 2t and 8i + 2t + 1 are columns 2i and 2i + 1 of the lane's group.
-    """
-
-    @intrinsic
-    def decode(typingctx, codes, statistics, lane, patch):
-        result = types.UniTuple(types.int32, spec.group_size)
-
-        def codegen(context, builder, signature, arguments):
-            codes, statistics, lane, patch = arguments
-            strip = Strip(Ptx(builder), spec, codes, statistics, lane, patch if patched else None)
-            return packed(builder, strip.decode(octet, half))
-
-        return result(*(types.int32,) * 4), codegen
-
-    return decode
 
 
 class UnitOfNumbers(Unit):
@@ -199,64 +172,6 @@ class UnitOfNumbers(Unit):
         kind = "bf16" if self.copying.dtype == torch.bfloat16 else "f16"
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
         return [self.ptx.rounded_pair(low, high, kind) for low, high in pairs]
-
-
-class Strip(Unit):
-    """Four groups of an octet, one a lane of each quad, two weights at a time in halves:
-    scale * code + (-scale * zero + patch), all three rounded."""
-
-    def __init__(self, ptx, spec, codes, statistics, lane, patch) -> None:
-        unit = ptx.builder.add(statistics, i32(-spec.blocks * spec.block_bytes))
-        super().__init__(ptx, spec, unit, lane)
-        self.codes = self.builder.add(codes, self.times(lane, LOAD_BYTES))
-        self.patch = (
-            None if patch is None else self.builder.add(patch, self.times(lane, LOAD_BYTES))
-        )
-        self.sources, odd = owners(self)
-        self.chosen = self.builder.add(self.times(odd, 0x2222), i32(0x1010))  # bytes of both halves
-
-    def decode(self, octet: int, half: int) -> list[ir.Value]:
-        """Words of rows g and g + 8 in turns, from the group's first two columns on."""
-        scales, offsets = zip(*self.statistics(octet, half), strict=True)
-        operands = [octet % self.spec.octets * self.spec.pairs + i for i in range(self.spec.pairs)]
-        which = [4 * operand + 2 * half + row for operand in operands for row in range(2)]
-        loaded, rows = loaded_words(self, self.codes), len(scales)
-        words: list[ir.Value] = []
-        for quarter in range(QUARTERS):
-            for code in exact_codes(self.ptx, [word[quarter] for word in loaded], which):
-                pair, row = divmod(len(words), rows)
-                if row == 0 and pair % LOAD_WORDS == 0:
-                    patches = [self.patch_of(row, pair // LOAD_WORDS) for row in range(rows)]
-                offset = self.patched(offsets[row], patches[row], pair % LOAD_WORDS)
-                words.append(self.ptx.fma_halves(code, scales[row], offset))
-        return words
-
-    def statistics(self, octet: int, half: int) -> list[tuple[ir.Value, ir.Value]]:
-        """scale and -scale * zero of the lane's group of rows g and g + 8, twice each."""
-        found = []
-        for statistics in self.decoded(octet):
-            scale, zero = (self.own(word, half) for word in statistics)
-            minus = self.ptx.negated(scale)
-            found.append((scale, self.ptx.fma_halves(minus, zero, both(-0.0))))
-        return found
-
-    def own(self, word: ir.Value, half: int) -> ir.Value:
-        """The halves of the group t or t + 4, twice."""
-        word = self.ptx.of_quad_lane(word, self.sources[half])
-        return self.ptx.bytes_of(word, self.chosen)
-
-    def patch_of(self, row: int, part: int) -> list[ir.Value]:
-        """Eight weights' of a row, taken: zeros are there behind it; none without a patch."""
-        if self.patch is None:
-            return []
-        place = self.at(self.patch, (part * TILE_ROWS + row * OCTET) * QUAD * LOAD_BYTES)
-        words = self.ptx.load_shared(place)
-        self.ptx.store_shared(place, [i32(0)] * LOAD_WORDS)
-        return words
-
-    def patched(self, offset: ir.Value, patch: list[ir.Value], pair: int) -> ir.Value:
-        """The offset of two weights, with what their patch adds."""
-        return self.ptx.fma_halves(offset, both(1.0), patch[pair]) if patch else offset
 
 
 def owners(unit: Unit) -> tuple[tuple[ir.Value, ir.Value], ir.Value]:

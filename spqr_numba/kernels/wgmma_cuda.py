@@ -24,7 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .ptx import FLOAT, Ptx, effect, i32
-from .unit_cuda import WORD_BYTES, packed, unpacked
+from .unit_cuda import WORD_BYTES, unpacked
 
 __all__ = [
     "CORE_BYTES",
@@ -34,8 +34,8 @@ __all__ = [
     "STEP_WORDS",
     "Tiled",
     "products_done",
+    "start_step",
     "sums_writer",
-    "warpgroup_product",
 ]
 
 STEP_COLUMNS = 16  # of one wgmma
@@ -59,47 +59,35 @@ class Tiled:
         return self.column_step // UNIT_BYTES << 16 | self.row_step // UNIT_BYTES << 32
 
 
-@cache
-def warpgroup_product(inputs: int, steps: int, b: Tiled) -> Any:
-    """multiply(sums, words, b) -> sums, to which A [64, 16 steps] B [inputs, 16 steps]^T comes.
-
-    sums: float32 tuple of inputs / 2; words: int32 tuple of 4 steps; b: shared address. For all
-    threads of a warpgroup together; nothing may look at the sums before `products_done`.
-    """
-
-    @intrinsic
-    def multiply(typingctx, sums, words, b_start):
-        def codegen(context, builder, signature, arguments):
-            sums, words, start = arguments
-            operands = unpacked(builder, sums), unpacked(builder, words), start
-            return packed(builder, started(Ptx(builder), *operands, b))
-
-        assert (len(sums), len(words)) == (inputs // 2, STEP_WORDS * steps)
-        return sums(sums, words, types.int32), codegen
-
-    return multiply
-
-
-def started(
-    ptx: Ptx, sums: list[ir.Value], words: list[ir.Value], b_start: ir.Value, b: Tiled
+def start_step(
+    ptx: Ptx,
+    sums: list[ir.Value],
+    words: list[ir.Value],
+    b_start: ir.Value,
+    b: Tiled,
+    step: int,
 ) -> list[ir.Value]:
-    """What `warpgroup_product` writes: one piece of assembly, since sums must stay where they are
-    from the first product to the last."""
-    count, steps = len(sums), len(words) // STEP_WORDS
+    """sums, on their way: A [64, 16] B [inputs, 16]^T comes to them, where B is a step of more.
+
+    sums: float32, half as many as inputs; words: four; b_start: shared address of the first step's
+    B. For all threads of a warpgroup together; nothing may look at the sums, nor write to the
+    words, before `products_done`. It is one piece of assembly, since sums must stay where they are
+    from the first product to the last.
+    """
+    count = len(sums)
     names = ", ".join(f"${i}" for i in range(count))
+    a = ", ".join(f"${count + 1 + i}" for i in range(STEP_WORDS))
     kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k{STEP_COLUMNS}.f32.f16.f16"
-    lines = ["{ .reg .b64 b; .reg .b32 word; .reg .pred add; setp.ne.b32 add, 1, 0;"]
-    lines.append(f"shr.u32 word, ${count}, 4; cvt.u64.u32 b, word; or.b64 b, b, {b.constant};")
-    lines.append("wgmma.fence.sync.aligned;")
-    distance = STEP_COLUMNS // CORE_ROWS * b.column_step // UNIT_BYTES
-    for step in range(steps):
-        first = count + 1 + STEP_WORDS * step
-        a = ", ".join(f"${first + i}" for i in range(STEP_WORDS))
-        lines.append(f"{kind} {{{names}}}, {{{a}}}, b, add, 1, 1, 0;")
-        if step + 1 < steps:
-            lines.append(f"add.s64 b, b, {distance};")
-    lines.append("wgmma.commit_group.sync.aligned; }")
-    constraints = ["=f"] * count + ["r"] * (1 + len(words))
+    distance = step * STEP_COLUMNS // CORE_ROWS * b.column_step // UNIT_BYTES
+    lines = [
+        "{ .reg .b64 b; .reg .b32 word; .reg .pred add; setp.ne.b32 add, 1, 0;",
+        f"shr.u32 word, ${count}, 4; add.u32 word, word, {distance};",
+        f"cvt.u64.u32 b, word; or.b64 b, b, {b.constant};",
+        "wgmma.fence.sync.aligned;",
+        f"{kind} {{{names}}}, {{{a}}}, b, add, 1, 1, 0;",
+        "wgmma.commit_group.sync.aligned; }",
+    ]
+    constraints = ["=f"] * count + ["r"] * (1 + STEP_WORDS)
     constraints += [str(i) for i in range(count)] + ["~{memory}"]
     arguments = [b_start, *words, *sums]
     return ptx.emit(
@@ -144,7 +132,7 @@ def put_sums(
 
 @cache
 def products_done(but: int) -> Any:
-    """An intrinsic that waits until the warpgroup's products, all but those that were set off in
-    the latest `but` turns, have read their operands and left their sums."""
+    """An intrinsic that waits until the warpgroup's products, all but the latest `but`, have read
+    their operands and left their sums."""
     text = f"wgmma.wait_group.sync.aligned {but}"
     return effect("wait_for_products", text, (), "Until earlier products have happened.")

@@ -82,6 +82,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         "ptx": nothing
         | {
             "shared_address": lambda array: np.int32(0),
+            "anew": lambda number: number,
             "load_int32": lambda address: read(address, ctypes.c_int32, np.int32),
             "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
             "load_float": lambda address: read(address, ctypes.c_float, FLOAT),
@@ -126,11 +127,13 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         "unit_numbers_cuda": constants
         | {
             "unit_writer": unit_writer,
-            "strip_decoder": strip_decoder,
+        },
+        "strip_cuda": {
+            "i32": constants["i32"],
+            "strip_multiplier": partial(strip_multiplier, late),
         },
         "wgmma_cuda": {
             "i32": constants["i32"],
-            "warpgroup_product": partial(warpgroup_product, late),
             "products_done": products_done,
             "sums_writer": sums_writer,
         },
@@ -459,46 +462,56 @@ def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> Non
 # --- Products of a warpgroup, whose second operand is read when they happen
 
 
-def warpgroup_product(late: bool, inputs: int, steps: int, b: Any) -> Callable[..., Any]:
-    """wgmma_cuda.warpgroup_product; sums are arrays of one number, which a product fills."""
+def strip_multiplier(
+    late: bool, spec: Any, octet: int, half: int, patched: bool, b: Any
+) -> Callable[..., Any]:
+    """strip_cuda.strip_multiplier; sums are arrays of one number, which products fill."""
+    decode = strip_decoder(spec, octet, half, patched)
 
-    def start(group: Meeting, memory: np.ndarray, given: list[Any]) -> Any:
-        sums, words, b_starts = zip(*given, strict=True)
-        assert len({*b_starts}) == 1
-        grown = [[np.full((), np.nan, FLOAT) for _ in own] for own in sums]
-        left = rows_of_words(np.array(words).astype(WORD), steps)
-
-        def happen() -> None:
-            right = operand(memory, b_starts[0], b, inputs, steps)
-            product = left @ right.T  # [w, half, g, j, t, pair] to [w, g, t], [j, half, pair]
-            product = product.reshape(4, 2, 8, -1, 4, 2).transpose(0, 2, 4, 3, 1, 5)
-            more = product.reshape(WARPGROUP, -1)
-            for own, before, new in zip(grown, sums, more, strict=True):
-                for place, old, value in zip(own, before, new, strict=True):
-                    place[...] = FLOAT(old + value)
-
-        group.pending.append(happen)
-        if not late:
-            happen_all(group)
-        return grown
-
-    def multiply(*given: Any) -> Any:
-        group = here.warpgroup
-        return tuple(group.together(partial(start, group, here.block.memory), given))
+    def multiply(sums: Any, codes: Any, statistics: Any, lane: Any, patch: Any, inputs: Any) -> Any:
+        words = decode(codes, statistics, lane, patch)
+        for first in range(0, len(words), 4):
+            start = partial(start_product, late, here.warpgroup, here.block.memory, b, first // 4)
+            sums = here.warpgroup.together(start, (sums, words[first : first + 4], inputs))
+        return tuple(sums)
 
     return multiply
 
 
-def rows_of_words(words: np.ndarray, steps: int) -> np.ndarray:
-    """float64 [64, 16 steps] from what the threads of a warpgroup hold of A."""
-    # thread = 32 w + 4 g + t; words: [step, eight of k, half of rows]
-    numbers = halves(words).reshape(4, 8, 4, steps, 2, 2, 2).transpose(0, 5, 1, 3, 4, 2, 6)
-    return numbers.reshape(WARPGROUP // 2, 16 * steps).astype(np.float64)
+def start_product(
+    late: bool, group: Meeting, memory: np.ndarray, b: Any, step: int, given: list[Any]
+) -> Any:
+    """wgmma_cuda.start_step, for all threads of a warpgroup."""
+    sums, words, b_starts = zip(*given, strict=True)
+    assert len({*b_starts}) == 1
+    grown = [[np.full((), np.nan, FLOAT) for _ in own] for own in sums]
+    left = rows_of_words(np.array(words).astype(WORD))
+
+    def happen() -> None:
+        right = operand(memory, b_starts[0] + 2 * step * b.column_step, b, 2 * len(sums[0]))
+        product = left @ right.T  # [w, half, g, j, t, pair] to [w, g, t], [j, half, pair]
+        product = product.reshape(4, 2, 8, -1, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+        more = product.reshape(WARPGROUP, -1)
+        for own, before, new in zip(grown, sums, more, strict=True):
+            for place, old, value in zip(own, before, new, strict=True):
+                place[...] = FLOAT(old + value)
+
+    group.pending.append(happen)
+    if not late:
+        happen_all(group)
+    return grown
 
 
-def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int, steps: int) -> np.ndarray:
-    """float64 [rows, 16 steps] from cores."""
-    row, column = np.ogrid[:rows, : 16 * steps]
+def rows_of_words(words: np.ndarray) -> np.ndarray:
+    """float64 [64, 16] from what the threads of a warpgroup hold of A."""
+    # thread = 32 w + 4 g + t; words: [eight of k, half of rows]
+    numbers = halves(words).reshape(4, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5)
+    return numbers.reshape(WARPGROUP // 2, 16).astype(np.float64)
+
+
+def operand(memory: np.ndarray, start: Any, tiled: Any, rows: int) -> np.ndarray:
+    """float64 [rows, 16] from cores."""
+    row, column = np.ogrid[:rows, :16]
     place = row // 8 * tiled.row_step + row % 8 * 16 + column // 8 * tiled.column_step
     place = int(start) + place + column % 8 * 2
     return memory[: len(memory) // 8 * 8].view(HALF)[place // 2].astype(np.float64)
@@ -563,14 +576,14 @@ def unit_writer(spec: Any, dtype: Any) -> Callable[..., None]:
 
 
 def strip_decoder(spec: Any, octet: int, half: int, patched: bool) -> Callable[..., Any]:
-    """unit_numbers_cuda.strip_decoder."""
-    from spqr_numba.kernels.unit_numbers_cuda import Strip
+    """What strip_cuda.Strip decodes, of all steps."""
+    from spqr_numba.kernels.strip_cuda import Strip
 
     def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
         *places, patch = (np.array(part).astype(WORD) for part in zip(*given, strict=True))
         with np.errstate(all="ignore"):
             strip = Strip(Instructions(memory), spec, *places, patch if patched else None)
-            words = strip.decode(octet, half)
+            words = [word for step in strip.steps(octet, half) for word in step]
         return list(zip(*words, strict=True))
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)

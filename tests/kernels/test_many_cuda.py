@@ -54,6 +54,8 @@ def test_emulated(
         (3, 16, True, 128),
         (3, 16, True, 256),
         (2, 16, False, 64),
+        (3, 16, False, 128),
+        (2, 16, True, 128),
         (2, 16, True, 256),
         (4, 16, True, 128),
         (4, 16, True, 256),
