@@ -43,6 +43,7 @@ COLORS = "Blues"  # one hue, dark is much: reads the same in greyscale
 PATTERN_COLORS = ("#08306b", "#4a90c8", "#a9cfe8", "#d95f0e", "#cccccc")
 MARKERS = "os^Dv"
 FAR = 2.0
+MARGIN = 1.05  # below the dense model, of an axis that is cut off
 BITS_LABEL = "bits a weight, measured"
 
 
@@ -135,7 +136,10 @@ def plot_statistics(effect: StatisticsEffect, title: str) -> Figure:
 def plot_frontier(
     points: Mapping[str, Sequence[tuple[float, float]]], dense: float, title: str
 ) -> Figure:
-    """Series of (bits a weight, perplexity), and the dense model's perplexity as a line."""
+    """Series of (bits a weight, perplexity), and the dense model's perplexity as a line.
+
+    What is more than FAR times as high would flatten all else: it is written at the upper edge.
+    """
     figure, axes = _axes(None, 7, 4.5)
     for index, (name, series) in enumerate(points.items()):
         bits, perplexities = zip(*sorted(series), strict=True)
@@ -143,6 +147,7 @@ def plot_frontier(
     axes.axhline(dense, color="#888888", ls="--", label="dense, 16 bits")
     axes.set(title=title, xlabel=BITS_LABEL)
     _scale_perplexity(axes)
+    _cut_off(axes, points, dense)
     axes.legend(frameon=False)
     return figure
 
@@ -258,6 +263,28 @@ def _plot_map(
     axes.title.set_fontsize("medium")
     figure: Any = axes.figure
     figure.colorbar(image, ax=axes, label=label)
+
+
+def _cut_off(axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]], dense: float) -> None:
+    """End the axis at FAR times the dense model's perplexity, if some are higher and some are not,
+    and write those where they would be."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    limit, all_ = FAR * dense, [(*p, name) for name, series in points.items() for p in series]
+    far = sorted(point for point in all_ if point[1] > limit)
+    if not 0 < len(far) < len(all_):
+        return
+    axes.set_ylim(dense / MARGIN, limit)
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    for line, (bits, perplexity, name) in enumerate(far):
+        axes.annotate(
+            f"↑ {name}: {perplexity:,.0f}",
+            (bits, limit),
+            xytext=(0, -14 * line - 4),
+            textcoords="offset points",
+            va="top",
+        )
 
 
 def _plot_settings(axes: Axes, settings: Sequence[SettingSummary], text: str) -> None:

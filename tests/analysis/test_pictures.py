@@ -179,6 +179,17 @@ def test_every_figure_has_words_on_its_axes(folder: Path, picture: LayerMap) -> 
         figure.canvas.draw()
 
 
+def test_a_frontier_is_cut_off_below_what_would_flatten_it() -> None:
+    near, far = {"SpQR": [(4.0, 10.0), (3.0, 12.0)]}, {"RTN": [(3.0, 30118.0)]}
+    [axes] = plots.plot_frontier(near, 9.5, "title").axes
+    assert not axes.texts
+    [axes] = plots.plot_frontier(near | far, 9.5, "title").axes
+    assert [text.get_text() for text in axes.texts] == ["↑ RTN: 30,118"]
+    assert axes.get_ylim()[1] < 30
+    [axes] = plots.plot_frontier(far, 9.5, "title").axes
+    assert axes.get_ylim()[1] > 30000
+
+
 def test_a_sweep_names_its_best_settings_and_those_far_off() -> None:
     panels = plots.plot_sweep(SWEEP).axes
     assert [axes.get_title().partition(":")[0] for axes in panels] == ["a", "b"]
