@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
@@ -13,7 +14,7 @@ nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LIMIT_SECONDS = 240  # for a cell, on a busy machine
-REAL_SECONDS = 1200
+REAL_SECONDS = 3600  # 02 compresses the whole model ten times
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -52,17 +53,13 @@ def test_runs(path: Path, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "stem",
-    # 02 compresses the whole model ten times: half an hour of two cores
-    ["01", pytest.param("02", marks=pytest.mark.gpu), "03", "04"],
-)
+@pytest.mark.parametrize("stem", ["01", "02", "03", "04"])
 def test_runs_on_a_real_model(stem: str, smollm2_gguf: Path, tmp_path: Path) -> None:
     [path] = [path for path in NOTEBOOKS if path.stem.startswith(stem)]
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = first.source.replace("MODEL = None", f"MODEL = {str(smollm2_gguf)!r}")
-    if stem == "02":
+    if torch.cuda.is_available():
         first.source = first.source.replace('DEVICE = "cpu"', 'DEVICE = "cuda"')
     execute(notebook, tmp_path, REAL_SECONDS)
     nbformat.write(notebook, tmp_path / path.name)
