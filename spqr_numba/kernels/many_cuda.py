@@ -71,7 +71,6 @@ __all__ = ["SIGNATURE", "many_kernel"]
 cuda = numba_cuda()
 
 AHEAD = 2  # strips of x'
-BLOCK_STRIPS = 3  # fewer than pass between a copy of codes and their turn
 int32: Any = np.int32
 
 SIGNATURE = (WEIGHT, *(types.int64,) * 5, *(types.int32,) * 3)
@@ -221,7 +220,10 @@ def strip_function(spec: ManySpec, octet: int, half: int) -> Any:
     off; when the one before is done, its stage is the next one's to be filled."""
     in_unit = octet * 2 + half
     multiply_strip, copy_ahead = strip_runner(spec, octet, half), ahead_copier(spec, octet, half)
-    products_before_done, wait_for_codes = products_done(spec.in_flight), copies_done(BLOCK_STRIPS)
+    products_before_done, wait_for_codes = (
+        products_done(spec.in_flight),
+        copies_done(spec.block_strips),
+    )
     release, refill = stage_releaser(spec, in_unit), stage_filler(spec, in_unit)
     full, stage = spec.full(in_unit % STAGES), spec.stage(in_unit % STAGES)
     parity = in_unit // STAGES % 2

@@ -88,6 +88,11 @@ class ManySpec:
         return Tiled(self.inputs * CORE_ROW_BYTES)
 
     @property
+    def block_strips(self) -> int:
+        """Of a block of codes: as many pass between the end of one and what is copied there."""
+        return 2 * self.unit.octets
+
+    @property
     def strip_bytes(self) -> int:
         """Of x'."""
         return self.columns // CORE_ROWS * self.b.column_step

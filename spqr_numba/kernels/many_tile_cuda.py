@@ -89,12 +89,13 @@ def unit_copier(spec: ManySpec) -> Any:
     copy_statistics, copy_run = statistics_copier(spec), run_copier(spec)
     blocks, segment_of = spec.unit.blocks, segment_finder(spec)
     copy_block, copy_other = block_copier(spec, 0), block_copier(spec, 1 % blocks)
+    later = 1 // blocks
 
     @cuda.jit(device=True, forceinline=True)
     def copy_unit(weight, tile, unit, end):
         copy_block(weight, tile, unit)
-        if blocks == 2 or unit + 1 < end:
-            copy_other(weight, tile, int32(unit + 2 - blocks))
+        if int32(unit + later) < end:
+            copy_other(weight, tile, int32(unit + later))
         copy_statistics(weight, tile, unit)
         copy_run(weight, tile, segment_of(unit))
 
@@ -105,7 +106,8 @@ def ahead_copier(spec: ManySpec, octet: int, half: int) -> Any:
     """copy_ahead(weight, tile, unit, end): into what a strip of a unit is the last to use."""
     of_unit, segment_of = spec.unit, segment_finder(spec)
     block, in_block = divmod(2 * octet + half, 2 * of_unit.octets)
-    copy_block, later = block_copier(spec, (block + 2) % of_unit.blocks), 2 // of_unit.blocks
+    later, block_then = divmod(block + 2, of_unit.blocks)
+    copy_block = block_copier(spec, block_then)
     copy_statistics, copy_run = statistics_copier(spec), run_copier(spec)
     begins_unit, ends_block = octet == half == 0, in_block == 2 * of_unit.octets - 1
 
@@ -304,7 +306,7 @@ def outlier_putter(spec: ManySpec, in_unit: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def put(weight, tile, unit, cursor):
-        first = int32((unit * of_unit & in_segment) + before)
+        first = int32((anew(unit) * of_unit & in_segment) + before)
         own, behind = int32(tile.own + (tile.lane >> 1) * QUAD_BYTES), int32(first + columns)
         k, end, entry = cursor
         while int32(entry & HALF_MASK) < behind:

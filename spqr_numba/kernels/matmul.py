@@ -384,14 +384,22 @@ def multiply_prepared(
 
 def product_of(weight: PreparedMatrix, count: int) -> Product | None:
     """What multiplies so many inputs from a prepared weight's codes; None where none does."""
-    from .matmul_cuda import MOST_INPUTS, can_multiply, multiply_few, multiply_in_turns
+    from .matmul_cuda import (
+        MOST_INPUTS,
+        can_multiply,
+        most_at_once,
+        multiply_few,
+        multiply_in_turns,
+    )
     from .matmul_many_cuda import can_multiply_many, multiply_many
 
-    if MOST_INPUTS < count < DENSE_FROM and can_multiply_many(weight):
+    if MOST_INPUTS < count < DENSE_FROM and can_multiply_many(weight, count):
         return multiply_many
-    if not 0 < count < ROUNDED_FROM or not can_multiply(weight, min(count, MOST_INPUTS)):
+    at_once = most_at_once(weight)
+    too_many = ROUNDED_FROM if at_once > 1 else MOST_INPUTS + 1
+    if not 0 < count < too_many or not can_multiply(weight, min(count, at_once)):
         return None
-    return multiply_few if count <= MOST_INPUTS else multiply_in_turns
+    return multiply_few if count <= at_once else multiply_in_turns
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:

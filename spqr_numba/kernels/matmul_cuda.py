@@ -23,9 +23,17 @@ from .stream_cuda import KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
-__all__ = ["MOST_INPUTS", "RINGS", "can_multiply", "multiply_few", "multiply_in_turns"]
+__all__ = [
+    "MOST_INPUTS",
+    "RINGS",
+    "can_multiply",
+    "most_at_once",
+    "multiply_few",
+    "multiply_in_turns",
+]
 
 MOST_INPUTS = 16
+LARGEST_DEPTH = 16  # of an mma
 ALIGNMENT = 128
 RINGS = {1: ((8, 3), (8, 2), (8, 1)), 8: ((16, 1), (8, 1)), 16: ((8, 2), (8, 1))}
 """inputs -> warps of a block and stages of a warp's ring, the best first."""
@@ -88,10 +96,16 @@ def multiply_few(
 def multiply_in_turns(
     x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """`multiply_few` of any number of inputs, a launch for each sixteen."""
-    for first in range(0, len(x), MOST_INPUTS):
-        some = slice(first, first + MOST_INPUTS)
+    """`multiply_few` of any number of inputs, as many in a launch as it takes."""
+    at_once = most_at_once(weight)
+    for first in range(0, len(x), at_once):
+        some = slice(first, first + at_once)
         multiply_few(x[some], weight, bias, out[some])
+
+
+def most_at_once(weight: PreparedMatrix) -> int:
+    """Inputs of a launch; with groups too large for the depth of one product each has its own."""
+    return MOST_INPUTS if weight.spec.group_size <= LARGEST_DEPTH else 1
 
 
 def staged_operands(weight: PreparedMatrix, inputs: int, start: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ many_cuda.py has the kernel; staging_cuda.py what brings the inputs into its ord
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -25,8 +26,10 @@ __all__ = ["can_multiply_many", "multiply_many"]
 
 STRIP_MICROSECONDS = {32: 0.85, 64: 0.95, 128: 1.2, 256: 1.03}
 """Inputs of a block -> how long it takes for a strip, on an H200."""
+LARGE_BLOCK = 128  # inputs
 STAGING_WARPS = 16
 HOPPER = 9  # the compute capability that has wgmma
+USUAL_RUN = 768  # bytes
 BLOCK_MICROSECONDS = 2.5  # for its beginning and its end
 SHARE_MICROSECONDS = 1.2e-6  # for each sum that is written as a share, and read again
 
@@ -45,19 +48,31 @@ class Call(NamedTuple):
     shared_bytes: int
 
 
-def can_multiply_many(weight: PreparedMatrix) -> bool:
-    """Whether the GPU has the instructions and the shared memory."""
-    return _can_multiply_many(weight.spec, weight.device)
+def can_multiply_many(weight: PreparedMatrix, count: int) -> bool:
+    """Whether the GPU has the instructions and the shared memory, and does well with so many."""
+    return count <= most_inputs(weight.spec, weight.device)
 
 
 @cache
-def _can_multiply_many(spec: MatrixSpec, device: torch.device) -> bool:
-    """The same for all weights of a spec."""
-    if torch.cuda.get_device_properties(device).major != HOPPER:
-        return False
-    room = shared_memory(device)
-    sizes = [ManySpec(UnitSpec.of(spec), True, n, torch.float16).bytes for n in STRIP_MICROSECONDS]
-    return max(*sizes, HALF_BYTES * (ZERO_HALVES + padded_columns(spec))) <= room
+def most_inputs(spec: MatrixSpec, device: torch.device) -> float:
+    """What it does well with, of a weight of a spec: few blocks of inputs, if they are small ones,
+    since each decodes the weight for itself."""
+    fit = inputs_that_fit(UnitSpec.of(spec))
+    staged = HALF_BYTES * (ZERO_HALVES + padded_columns(spec))
+    hopper = torch.cuda.get_device_properties(device).major == HOPPER
+    if not hopper or not fit or staged > shared_memory(device):
+        return 0
+    return math.inf if fit[-1] >= LARGE_BLOCK else 2 * fit[-1]
+
+
+@cache
+def inputs_that_fit(unit: UnitSpec) -> tuple[int, ...]:
+    """Of a block: those whose strips, and a usual run of outliers, are in shared memory."""
+    return tuple(
+        inputs
+        for inputs in STRIP_MICROSECONDS
+        if ManySpec(unit, True, inputs, torch.float16).run_bytes >= USUAL_RUN
+    )
 
 
 def multiply_many(
@@ -127,7 +142,8 @@ def division_of(spec: MatrixSpec, count: int, device: torch.device) -> tuple[int
         shares = splits * spec.out_features * count if splits > 1 else 0
         return ceil_div(blocks, at_once) * block + shares * SHARE_MICROSECONDS
 
-    return min(product(STRIP_MICROSECONDS, range(1, units + 1)), key=microseconds)
+    inputs = inputs_that_fit(UnitSpec.of(spec))
+    return min(product(inputs, range(1, units + 1)), key=microseconds)
 
 
 @cache

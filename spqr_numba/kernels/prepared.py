@@ -68,7 +68,7 @@ def can_prepare(matrix: SpqrMatrix) -> bool:
     spec = matrix.spec
     return (
         spec.bits in (2, 3, 4)
-        and spec.group_size in (8, 16)
+        and spec.group_size in (8, 16, 32)
         and spec.stats_group_size % TILE_ROWS == 0
         and spec.scale_bits == spec.zero_bits
         and spec.scale_bits in (2, 3, 4)

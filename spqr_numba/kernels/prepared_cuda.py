@@ -52,7 +52,10 @@ __all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
-WARPS, BLOCKS_PER_SM = {2: 8, 4: 4}, {2: 3, 4: 4}  # by the bytes of a number
+WARPS_PER_SM = {2: 24, 4: 16}
+"""Bytes of a number -> for how many warps a multiprocessor's registers are; half of them hold the
+numbers of groups of 32."""
+MOST_BYTES = 12 * 1024  # of shared memory a warp, where a block has eight: some GPUs have 99 KB
 NIBBLE = 4  # bits of an entry of a table in a number
 int32: Any = np.int32
 
@@ -66,7 +69,7 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
     width = spec.groups * spec.group_size
     out = torch.empty(spec.out_features, width, dtype=dtype, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream
-    blocks = ceil_div(weight.tiles * weight.units, WARPS[dtype.itemsize])
+    blocks = ceil_div(weight.tiles * weight.units, warps_of(unit, dtype))
     launcher = launcher_of(unit, dtype, weight.device)
     launcher.launch(
         blocks, shared_bytes(unit, dtype), stream, *addresses(weight), out.data_ptr(), width
@@ -81,15 +84,25 @@ def launcher_of(unit: UnitSpec, dtype: torch.dtype, device: torch.device) -> Lau
         dequantize_kernel(unit, dtype),
         SIGNATURE,
         device,
-        threads=WARPS[dtype.itemsize] * LANES,
+        threads=warps_of(unit, dtype) * LANES,
         shared_bytes=shared_bytes(unit, dtype),
         early=False,
     )
 
 
+def warps_of(unit: UnitSpec, dtype: torch.dtype) -> int:
+    """Of a block."""
+    return 8 if dtype.itemsize == 2 and warp_bytes(unit, dtype) <= MOST_BYTES else 4
+
+
+def warp_bytes(unit: UnitSpec, dtype: torch.dtype) -> int:
+    """Of shared memory: a warp's unit, and what its numbers pass through."""
+    return unit.bytes + Copying(unit, dtype).bytes
+
+
 def shared_bytes(unit: UnitSpec, dtype: torch.dtype) -> int:
-    """Of a block: each warp's unit, and what an octet passes through."""
-    return WARPS[dtype.itemsize] * (unit.bytes + Copying(unit, dtype).bytes)
+    """Of a block."""
+    return warps_of(unit, dtype) * warp_bytes(unit, dtype)
 
 
 @cache
@@ -102,9 +115,10 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype) -> Any:
     rows_at_once, between_bytes = copying.rows, copying.bytes
     columns = spec.columns
 
-    warps = WARPS[size]
+    warps = warps_of(spec, dtype)
+    blocks_per_sm = WARPS_PER_SM[size] // (2 if spec.group_size == 32 else 1) // warps
 
-    @cuda.jit(launch_bounds=(warps * LANES, BLOCKS_PER_SM[size]))
+    @cuda.jit(launch_bounds=(warps * LANES, blocks_per_sm))
     def kernel(weight, out, width):
         zero = shared_address(cuda.shared.array(0, np.uint16))
         thread = int32(cuda.threadIdx.x)

@@ -6,7 +6,7 @@ the end the warps' shares of a row are added up. No warp waits for another but w
 next slab of the inputs.
 
     shared memory  dtype    shape
-    zeros          fp16     [16]                                what multiplies nothing
+    zeros          fp16     [32]                                what multiplies nothing
     x'             fp16     [buffers, inputs, stride]           staging_cuda.py; of a slab
     factor         float32  [4]                                 the first: what staging one returned
     X              float32  [buffers, inputs, sums_stride]

@@ -48,7 +48,7 @@ __all__ = [
 
 cuda = numba_cuda()
 
-ZERO_HALVES = 16  # before x': what lanes read that multiply nothing
+ZERO_HALVES = 32  # before x', a largest group: what lanes read that multiply nothing
 EXPONENT_BIAS = 127
 LARGEST_EXPONENT = 14  # of the staged x of a bf16 input
 MOST_EXPONENT = 100
@@ -122,14 +122,16 @@ def cores_kernel(spec: KernelSpec) -> Any:
     threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
     group_bytes = HALF_BYTES * spec.unit.group_size
     shift, strip_bytes = (spec.unit.group_size // 2).bit_length() - 1, 4 * group_bytes
-    in_strip, gather = (1 << shift) - 1, word_gatherer(*range(0, strip_bytes, group_bytes))
+    early, in_strip = spec.early, (1 << shift) - 1
+    gather = word_gatherer(*range(0, strip_bytes, group_bytes))
 
     @cuda.jit(launch_bounds=(threads, 1))
     def kernel(weight, x, step, count, inputs, staged_out, factors_out):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
-        let_dependents_start()
-        wait_for_dependencies()
+        if early:
+            let_dependents_start()
+            wait_for_dependencies()
         factor = stage_own(weight, x, step, count, own, thread, zeros)
         start, eights = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
         eights, block = int32(eights >> 3), divide(own, inputs)

@@ -26,19 +26,26 @@ from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 __all__ = ["Copying", "loaded_words", "owners", "unit_writer"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
+MOST_COLUMNS = 128  # of which a warp copies a row, or more, at once
 
 
 @dataclass(frozen=True)
 class Copying:
-    """How an octet goes from shared to global memory: 16 bytes a lane, row by row."""
+    """How numbers go from shared to global memory: 16 bytes a lane, row by row, an octet at once,
+    or half of one where groups are large."""
 
     spec: UnitSpec
     dtype: torch.dtype
 
     @property
+    def halves(self) -> int:
+        """Of an octet, that go at once."""
+        return 2 if OCTET * self.spec.group_size <= MOST_COLUMNS else 1
+
+    @property
     def columns(self) -> int:
-        """Of an octet."""
-        return OCTET * self.spec.group_size
+        """That go at once."""
+        return self.halves * OCTET // 2 * self.spec.group_size
 
     @property
     def loads(self) -> int:
@@ -114,28 +121,31 @@ class UnitOfNumbers(Unit):
         for block in range(spec.blocks):
             words = loaded_words(self, self.at(self.codes, block * spec.block_bytes))
             for octet in range(spec.octets):
-                self.put_octet(words, octet, self.decoded(block * spec.octets + octet))
-                self.ptx.meet_warp()
-                self.copy_octet(block * spec.octets + octet)
-                self.ptx.meet_warp()
+                statistics = self.decoded(block * spec.octets + octet)
+                for half in range(0, 2, self.copying.halves):
+                    halves = range(half, half + self.copying.halves)
+                    self.put_halves(words, octet, halves, statistics)
+                    self.ptx.meet_warp()
+                    self.copy((2 * (block * spec.octets + octet) + half) // self.copying.halves)
+                    self.ptx.meet_warp()
 
-    def put_octet(self, words: list, octet: int, statistics: list) -> None:
+    def put_halves(self, words: list, octet: int, halves: range, statistics: list) -> None:
         """To shared memory, a group of a row at a time."""
-        for half in range(2):
+        for half in halves:
             for row in range(2):
                 scale, zero = (self.own(word, half) for word in statistics[row])
                 numbers = self.rounded(self.numbers(words, octet, half, row, scale, zero))
-                first = 8 * row * self.copying.row_bytes + 4 * half * self.group_bytes
+                first = 8 * row * self.copying.row_bytes + 4 * (half - halves[0]) * self.group_bytes
                 for i in range(0, len(numbers), LOAD_WORDS):
                     place = self.at(self.to, first + i * WORD_BYTES)
                     self.ptx.store_shared(place, numbers[i : i + LOAD_WORDS])
 
-    def copy_octet(self, octet: int) -> None:
-        """To global memory, what is there of it."""
+    def copy(self, number: int) -> None:
+        """To global memory, what is there of what goes at once."""
         copying, out = self.copying, self.out
-        column = i32(octet * copying.columns)
+        column = i32(number * copying.columns)
         in_unit = self.builder.icmp_signed(">", self.columns, column)
-        out = self.builder.add(out, i64(octet * copying.loads * LOAD_BYTES))
+        out = self.builder.add(out, i64(number * copying.loads * LOAD_BYTES))
         for row in range(0, TILE_ROWS, copying.rows):
             words = self.ptx.load_shared(self.at(self.back, row * copying.row_bytes))
             there = self.builder.icmp_signed(">", self.rows, i32(row))

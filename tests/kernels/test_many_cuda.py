@@ -30,6 +30,8 @@ from .test_matmul_cuda import CASES, build, run, weights_of
         ("4 bit", 5, 32, 1, torch.float16, "late"),
         ("group 8, stats 64", 7, 32, 2, torch.bfloat16, "late"),
         ("2 bit", 3, 256, 1, torch.float16, "early"),
+        ("group 32, stats 64", 5, 32, 1, torch.float16, "late"),
+        ("group 32, stats 64", 3, 64, 2, torch.float16, "early"),
     ],
     ids=str,
 )
@@ -62,6 +64,8 @@ def test_emulated(
         (3, 8, True, 32),
         (3, 8, True, 128),
         (3, 8, True, 256),
+        (3, 32, True, 32),
+        (3, 32, True, 64),
     ],
 )
 def test_ptx(bits: int, group_size: int, outliers: bool, inputs: int, tmp_path: Path) -> None:

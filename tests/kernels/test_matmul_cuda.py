@@ -28,6 +28,7 @@ MOST_EXACT = 16  # inputs of fp16 or bf16; tensor cores multiply more by rounded
 FOUR_BITS = {"bits": 4, "scale_bits": 4, "zero_bits": 4}
 TWO_BITS = {"bits": 2, "scale_bits": 2, "zero_bits": 2}
 GROUP_8 = {"group_size": 8, "stats_group_size": 64}
+GROUP_32 = {"group_size": 32, "stats_group_size": 64}
 
 # rows, columns, settings, outliers a row, permuted
 CASES: dict[str, tuple[int, int, dict[str, int], Any, bool]] = {
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[int, int, dict[str, int], Any, bool]] = {
     "4 bit": (50, 700, FOUR_BITS, 2, True),
     "2 bit": (50, 700, TWO_BITS, 2, True),
     "group 8, stats 64": (130, 700, GROUP_8, 2, True),
+    "group 32, stats 64": (70, 1100, GROUP_32, 2, True),
     "long": (48, 28672, {}, 290, True),
     "many units": (20, 6500, GROUP_8, 2, True),
     "tall": (9000, 64, {}, 1, True),
@@ -156,6 +158,8 @@ def test_same_bits_twice_and_in_a_graph(batch: int) -> None:
         ("2 bit", 1, torch.float16, "late"),
         ("many units", 1, torch.float16, "late"),
         ("many units", 1, torch.float16, "early"),
+        ("group 32, stats 64", 1, torch.bfloat16, "late"),
+        ("group 32, stats 64", 3, torch.float16, "early"),
         ("ragged", 3, torch.bfloat16, "late"),
         ("no whole load", 8, torch.float16, "early"),
         ("no whole load", 20, torch.float16, "late"),
@@ -187,6 +191,7 @@ OLD, NEW = (8, 0), (9, 0)
         (2, 16, 1, torch.float16, OLD),
         (4, 16, 1, torch.bfloat16, NEW),
         (3, 8, 1, torch.float16, NEW),
+        (3, 32, 1, torch.float16, NEW),
         (3, 16, 8, torch.bfloat16, OLD),
         (3, 16, 8, torch.float16, NEW),
         (2, 16, 8, torch.float16, NEW),

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[int, int, dict[str, int]]] = {
     "4 bit": (33, 700, {"bits": 4, "scale_bits": 4, "zero_bits": 4}),
     "2 bit, one row": (1, 20, {"bits": 2, "scale_bits": 2, "zero_bits": 2}),
     "group 8, stats 64": (130, 300, {"group_size": 8, "stats_group_size": 64}),
+    "group 32, stats 64": (70, 1200, {"group_size": 32, "stats_group_size": 64}),
 }
 
 
@@ -46,7 +47,7 @@ def test_without_outliers_and_permutation() -> None:
     "settings",
     [
         {"bits": 5},
-        {"group_size": 32},
+        {"group_size": 64},
         {"stats_group_size": 8},
         {"scale_bits": 16, "zero_bits": 16},
         {"scale_bits": 2},

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[int, int, dict[str, int]]] = {
     "4 bit": (17, 70, {"bits": 4, "scale_bits": 4, "zero_bits": 4}),
     "2 bit": (5, 40, {"bits": 2, "scale_bits": 2, "zero_bits": 2}),
     "group 8, stats 64": (70, 90, {"group_size": 8, "stats_group_size": 64}),
+    "group 32, stats 64": (20, 1100, {"group_size": 32, "stats_group_size": 64}),
 }
 
 
@@ -49,6 +50,8 @@ def expected(matrix: SpqrMatrix, dtype: torch.dtype) -> torch.Tensor:
         ("2 bit", torch.float16),
         ("group 8, stats 64", torch.float16),
         ("group 8, stats 64", torch.float32),
+        ("group 32, stats 64", torch.bfloat16),
+        ("group 32, stats 64", torch.float32),
     ],
     ids=str,
 )
@@ -72,7 +75,7 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("group_size", [8, 16])
+@pytest.mark.parametrize("group_size", [8, 16, 32])
 def test_fits_into_every_gpu(group_size: int, bits: int, dtype: torch.dtype) -> None:
     """Those of compute capability 8.6 and 8.9 give a block 99 KB, of which the driver keeps one."""
     from spqr_numba.kernels.unit_cuda import UnitSpec
@@ -83,13 +86,16 @@ def test_fits_into_every_gpu(group_size: int, bits: int, dtype: torch.dtype) -> 
 
 @needs_numba_cuda
 @each_capability
+@pytest.mark.parametrize("group_size", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ptx(dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path) -> None:
+def test_ptx(
+    dtype: torch.dtype, group_size: int, capability: tuple[int, int], tmp_path: Path
+) -> None:
     """16 bytes at a time; no float64, nothing in local memory, no spills."""
     from spqr_numba.kernels.prepared_cuda import SIGNATURE, dequantize_kernel
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, 16), dtype)
+    kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, group_size), dtype)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
     assert "st.global.v4.b32" in ptx
