@@ -26,6 +26,7 @@ __all__ = [
     "Launcher",
     "array_of",
     "compiled",
+    "most_clusters",
     "numba_cuda",
     "prepared_launch",
     "shared_memory",
@@ -159,7 +160,7 @@ class Launcher:
     """A kernel of plain numbers on one GPU, launched by its handle: a few microseconds a call.
 
     early: it may start before the kernel ahead of it ends, and waits for it by itself
-    ("programmatic dependent launch").
+    ("programmatic dependent launch"). ranks: how many blocks make a cluster.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Launcher:
         threads: int,
         shared_bytes: int,
         early: bool,
+        ranks: int = 1,
     ) -> None:
         """signature: Numba's, of int32, int64 and named tuples of them."""
         from cuda.bindings import driver
@@ -183,15 +185,16 @@ class Launcher:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _result(driver.cuFuncSetAttribute(self._function, most, shared_bytes))
         config = self._config = driver.CUlaunchConfig()
+        config.gridDimX = ranks
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
-        if early:
-            attribute = driver.CUlaunchAttribute()
-            names = driver.CUlaunchAttributeID
-            attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+        config.attrs = [*early_attributes(driver, early), *cluster_attributes(driver, ranks)]
+        config.numAttrs = len(config.attrs)
+
+    def clusters(self, shared_bytes: int) -> int:
+        """How many clusters the GPU runs at a time."""
+        self._config.sharedMemBytes = shared_bytes
+        return _result(self._driver.cuOccupancyMaxActiveClusters(self._function, self._config))
 
     def launch(self, grid: int, shared_bytes: int, stream: int, *arguments: int) -> None:
         """Queue the kernel on a stream (its address)."""
@@ -200,6 +203,43 @@ class Launcher:
         self._config.hStream = stream
         values = arguments, self._types
         _result(self._driver.cuLaunchKernelEx(self._config, self._function, values, 0))
+
+
+def early_attributes(driver: Any, early: bool) -> list[Any]:
+    """Of a launch: may it start before the one ahead of it ends."""
+    if not early:
+        return []
+    attribute = driver.CUlaunchAttribute()
+    names = driver.CUlaunchAttributeID
+    attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return [attribute]
+
+
+def cluster_attributes(driver: Any, ranks: int) -> list[Any]:
+    """Of a launch: how many blocks make a cluster."""
+    if ranks == 1:
+        return []
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster = attribute.value.clusterDim
+    cluster.x, cluster.y, cluster.z = ranks, 1, 1
+    return [attribute]
+
+
+@cache
+def most_clusters(device: torch.device, ranks: int, threads: int) -> int:
+    """How many clusters of blocks, each alone on its multiprocessor, a GPU runs at a time."""
+
+    @numba_cuda().jit
+    def idle():
+        pass
+
+    room = shared_memory(device)
+    launcher = Launcher(
+        idle, (), device, threads=threads, shared_bytes=room, early=False, ranks=ranks
+    )
+    return launcher.clusters(room)
 
 
 def argument_types(signature: tuple[Any, ...]) -> tuple[Any, ...]:

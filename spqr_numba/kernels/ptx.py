@@ -85,6 +85,14 @@ class Ptx:
         loaded = self.emit(text, constraints, [result] * count, [address], ordered=True)
         return loaded if count > 1 else [loaded]
 
+    def load_matrices(self, address: ir.Value, count: int) -> list[ir.Value]:
+        """2 or 4 matrices of 8 x 8 halves from shared memory, transposed: of each, of column g the
+        rows 2t and 2t + 1. Lane 8i + j has the address of row j of matrix i, which 16 divides."""
+        names = ", ".join(f"${i}" for i in range(count))
+        text = f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {{{names}}}, [${count}]"
+        constraints = ",".join(["=r"] * count + ["r"])
+        return self.emit(text, constraints, [WORD] * count, [address], ordered=True)
+
     def load_shared_half(self, address: ir.Value) -> ir.Value:
         """An fp16 number of shared memory, as float32."""
         text = "{ .reg .b16 half; ld.shared.b16 half, [$1]; cvt.f32.f16 $0, half; }"
@@ -146,6 +154,20 @@ class Ptx:
     def negated(self, word: ir.Value) -> ir.Value:
         """Both halves, of the other sign."""
         return self.builder.xor(word, i32(0x80008000))
+
+    def shifted_left(self, word: ir.Value, places: ir.Value) -> ir.Value:
+        """A word moved by 0, 1, 2 ... places; by 32 and more there is nothing left of it."""
+        return self.emit("shl.b32 $0, $1, $2", "=r,r,r", [WORD], [word, places])
+
+    def signs(self, word: ir.Value, first: int) -> ir.Value:
+        """Two halves full of the highest bit of a byte each, of the bytes `first`, an even number,
+        and the next."""
+        chosen = 0x8888 | first * 0x1111 | 0x1100
+        return self.emit(f"prmt.b32 $0, $1, 0, {chosen}", "=r,r", [WORD], [word])
+
+    def upper_halves(self, low: ir.Value, high: ir.Value) -> ir.Value:
+        """Those of two words, in one."""
+        return self.emit("prmt.b32 $0, $1, $2, 0x7632", "=r,r,r", [WORD], [low, high])
 
     def bytes_of(self, word: ir.Value, chosen: ir.Value) -> ir.Value:
         """Four bytes of a word, by their numbers, the lowest digit first."""
@@ -218,6 +240,7 @@ def _loader(name: str, instruction: str, kind: str, doc: str) -> Any:
 
 
 load_int32 = _loader("load_int32", "ld.global.nc.b32", "int32", "int32 at an address.")
+load_word = _loader("load_word", "ld.global.b32", "int32", "int32 at an address, of a kernel's.")
 load_float = _loader("load_float", "ld.global.f32", "float32", "float32 at an address.")
 load_uint16 = _loader("load_uint16", "ld.global.nc.b16", "uint16", "uint16 at an address.")
 shared_int32 = _loader("shared_int32", "ld.shared.b32", "int32", "int32 in shared memory.")
@@ -262,6 +285,20 @@ def anew(typingctx, number):
     return types.int32(types.int32), codegen
 
 
+@cache
+def divider(by: int) -> Any:
+    """An intrinsic: one // by of an int32 that is not negative, without a division."""
+
+    @intrinsic
+    def divide_by(typingctx, one):
+        def codegen(context, builder, signature, arguments):
+            return builder.udiv(arguments[0], i32(by))
+
+        return types.int32(types.int32), codegen
+
+    return divide_by
+
+
 def effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) -> Any:
     """An intrinsic without a result, that nothing may move across."""
     signature_of = types.none(*arguments)
@@ -300,6 +337,12 @@ to_shared_uint16 = _storer(
 )
 clear_shared = effect(
     "clear_shared", "st.shared.b64 [$0], 0", (types.int32,), "Eight zero bytes to shared memory."
+)
+to_shared_load = effect(
+    "to_shared_load",
+    "st.shared.v4.b32 [$0], {$1, $2, $3, $4}",
+    (types.int32,) * 5,
+    "16 bytes to shared memory.",
 )
 wait_for_dependencies = effect(
     "wait_for_dependencies",
@@ -343,6 +386,52 @@ def copies_done(groups: int) -> Any:
     """An intrinsic that waits for all groups of copies but the latest `groups`."""
     text = f"cp.async.wait_group {groups}"
     return effect("wait_for_copies", text, (), "Until earlier copies are there.")
+
+
+# --- Clusters of blocks, each with its number ("rank"), which see each other's shared memory
+
+
+@intrinsic
+def of_rank(typingctx, address, rank):
+    """Where a block of the cluster has what is at an address of shared memory here."""
+
+    def codegen(context, builder, signature, arguments):
+        text = "mapa.shared::cluster.u32 $0, $1, $2"
+        return Ptx(builder).emit(text, "=r,r,r", [WORD], arguments)
+
+    return types.int32(types.int32, types.int32), codegen
+
+
+cluster_float = _loader(
+    "cluster_float", "ld.shared::cluster.b32", "float32", "float32 where `of_rank` says."
+)
+to_cluster_int32 = _storer(
+    "to_cluster_int32", "st.shared::cluster.b32", "int32", "int32 to where `of_rank` says."
+)
+to_cluster_load = effect(
+    "to_cluster_load",
+    "st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4}",
+    (types.int32,) * 5,
+    "16 bytes to where `of_rank` says.",
+)
+arrive_in_cluster = effect(
+    "arrive_in_cluster",
+    "barrier.cluster.arrive.relaxed.aligned",
+    (),
+    "This thread has read what it wanted.",
+)
+publish_in_cluster = effect(
+    "publish_in_cluster",
+    "barrier.cluster.arrive.release.aligned",
+    (),
+    "What this thread has written is there for all that wait in the cluster; it takes longer.",
+)
+wait_for_cluster = effect(
+    "wait_for_cluster",
+    "barrier.cluster.wait.acquire.aligned",
+    (),
+    "Until all threads of the cluster have arrived.",
+)
 
 
 prefetch = effect("prefetch", "prefetch.global.L2 [$0]", (types.int64,), "Bring a line into L2.")
