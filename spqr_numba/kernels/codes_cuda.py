@@ -7,11 +7,12 @@ multiply exactly; so no code is converted. `place` is the bit of the mantissa at
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from llvmlite import ir
 
-from .prepared import MANTISSA_BITS, PAIRS, pair_places, shift_and_place
+from .prepared import MANTISSA_BITS, OCTET, PAIRS, pair_places, shift_and_place
 from .ptx import Ptx, i32
 
 __all__ = [
@@ -19,9 +20,10 @@ __all__ = [
     "both",
     "code_place",
     "exact_codes",
+    "group_codes",
+    "group_places",
     "masked_codes",
     "masked_pair",
-    "raw_codes",
 ]
 
 MAGIC = 0x64006400  # two halves of 2^MANTISSA_BITS, whose last bit is worth 1
@@ -38,18 +40,48 @@ def masked_pair(ptx: Ptx, words: list[ir.Value], pair: int) -> ir.Value:
     return masked(ptx, words, [fields(len(words), pair)])[0]
 
 
-def raw_codes(ptx: Ptx, words: list[ir.Value]) -> list[ir.Value]:
-    """Sixteen pairs of codes, as subnormal halves, all at place 0; it takes a few more moves."""
+def group_codes(ptx: Ptx, words: list[ir.Value], group_size: int) -> list[ir.Value]:
+    """As `masked_codes`, for an mma whose depth is a group: the codes of a row in it are at the
+    place that `group_places` says."""
     bits = len(words)
-    parts = [pair_places(bits, pair) for pair in range(PAIRS)]
-    return masked(
-        ptx,
-        words,
-        [
-            [(word, shift - part, both_halves(width, part)) for word, shift, part, width in pair]
-            for pair in parts
-        ],
-    )
+    places = group_places(bits, group_size)
+    pairs = [
+        group_fields(bits, pair, places[row_of_octet(group_size, pair)]) for pair in range(PAIRS)
+    ]
+    return masked(ptx, words, pairs)
+
+
+def row_of_octet(group_size: int, pair: int) -> int:
+    """Which of the octets of a block, two rows of each, a pair belongs to."""
+    return pair * OCTET // (4 * group_size) * 2 + pair % 2
+
+
+def group_fields(bits: int, pair: int, place: int) -> list[tuple[int, int, int]]:
+    """As `fields`, for codes that begin at `place`; to the left where it is less than nothing."""
+    return [
+        (word, shift - part - place, both_halves(width, part + place))
+        for word, shift, part, width in pair_places(bits, pair)
+    ]
+
+
+@cache
+def group_places(bits: int, group_size: int) -> tuple[int, ...]:
+    """Where the codes of each octet of a block, rows g and g + 8, begin in the halves of
+    `group_codes`: chosen, one after the other, so that words are shifted as seldom as possible."""
+    rows = [row_of_octet(group_size, pair) for pair in range(PAIRS)]
+    places = [0] * (max(rows) + 1)
+    for row in 2 * list(range(len(places))):
+        tried = [
+            [*places[:row], place, *places[row + 1 :]] for place in range(MANTISSA_BITS - bits)
+        ]
+        places = min(tried, key=lambda chosen: shifts_of(bits, [chosen[row] for row in rows]))
+    return tuple(places)
+
+
+def shifts_of(bits: int, places: list[int]) -> int:
+    """How many shifts of words it takes to have each pair at its place."""
+    fields_of = [group_fields(bits, pair, place) for pair, place in enumerate(places)]
+    return len({(word, shift) for pair in fields_of for word, shift, _ in pair if shift})
 
 
 def masked(
@@ -84,7 +116,7 @@ def exact_codes(ptx: Ptx, words: list[ir.Value], which: Iterable[int]) -> list[i
 
 
 class Shifted:
-    """Words moved to the right, each distance once."""
+    """Words moved to the right, or by less than nothing to the left, each distance once."""
 
     def __init__(self, ptx: Ptx, words: list[ir.Value]) -> None:
         self.ptx, self.words = ptx, words
@@ -95,7 +127,8 @@ class Shifted:
         if not places:
             return self.words[word]
         if (word, places) not in self.known:
-            self.known[word, places] = self.ptx.builder.lshr(self.words[word], i32(places))
+            shift = self.ptx.builder.lshr if places > 0 else self.ptx.builder.shl
+            self.known[word, places] = shift(self.words[word], i32(abs(places)))
         return self.known[word, places]
 
 

@@ -325,7 +325,6 @@ def _storer(name: str, instruction: str, kind: str, doc: str) -> Any:
     return effect(name, f"{instruction} [$0], $1", (pointer, KINDS[kind][0]), doc)
 
 
-store_int32 = _storer("store_int32", "st.global.b32", "int32", "int32 to an address.")
 store_float = _storer("store_float", "st.global.f32", "float32", "float32 to an address.")
 store_uint16 = _storer("store_uint16", "st.global.b16", "uint16", "uint16 to an address.")
 to_shared_float = _storer(

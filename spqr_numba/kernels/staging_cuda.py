@@ -4,8 +4,8 @@
     X   float32  [groups]                      in units of 2^-24
 
 A block of threads stages one input in its shared memory. For one input each block of the product
-does so for itself; for several and for many the kernels here do it once, into global memory, for
-many in cores of eight inputs (wgmma_cuda.py).
+does so for itself, for several a cluster does (several_inputs_cuda.py); for many the kernel here
+does it once, into global memory, in cores of eight inputs (wgmma_cuda.py).
 """
 
 from __future__ import annotations
@@ -18,32 +18,30 @@ import torch
 from numba import types
 
 from .launch import numba_cuda
-from .prepared import ALL_LANES, LANES, UNIT_GROUPS
+from .prepared import ALL_LANES, LANES
 from .ptx import (
     divide,
     let_dependents_start,
     load_uint16,
     load_words,
     shared_address,
-    shared_int32,
     store_float,
-    store_int32,
     to_shared_uint16,
     wait_for_dependencies,
     word_gatherer,
 )
 from .scalars import bfloat_to_float, float_to_half, power_of_two
 from .stream_cuda import WEIGHT, KernelSpec
-from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, group_summer
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES
 
 __all__ = [
     "CORES",
-    "STAGING",
     "ZERO_HALVES",
     "cores_kernel",
+    "exponent_for",
+    "larger_exponent",
     "padding_function",
     "staging_function",
-    "staging_kernel",
 ]
 
 cuda = numba_cuda()
@@ -54,70 +52,18 @@ LARGEST_EXPONENT = 14  # of the staged x of a bf16 input
 MOST_EXPONENT = 100
 int32: Any = np.int32
 
-STAGING = (
-    WEIGHT,
-    types.int64,
-    types.int32,
-    types.int32,
-    *(types.int64,) * 3,
-)
 CORES = (WEIGHT, types.int64, *(types.int32,) * 3, types.int64, types.int64)
-"""The signatures of the kernels of `staging_kernel` and `cores_kernel`."""
-
-
-@cache
-def staging_kernel(spec: KernelSpec) -> Any:
-    """kernel(weight, x, step, count, staged, sums, factors), a block for each input.
-
-    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. It goes to the
-    addresses of x' [inputs, columns padded to units], of X [inputs, groups of the units], and of
-    float32 [inputs], what to multiply results with. Inputs from `count` on are zero.
-    """
-    threads, early, unit_columns = spec.threads, spec.early, spec.unit.columns
-    group_bytes = HALF_BYTES * spec.unit.group_size
-    stage_own, sum_group = own_staging_function(spec), group_summer(spec.unit.group_size)
-
-    @cuda.jit(device=True, forceinline=True)
-    def write_staged(start, columns, out, thread):
-        i = int32(4 * thread)
-        while i < HALF_BYTES * columns:
-            store_int32(out + i, shared_int32(int32(start + i)))
-            i = int32(i + 4 * threads)
-
-    @cuda.jit(device=True, forceinline=True)
-    def write_sums(start, groups, out, thread):
-        group = thread
-        while group < groups:
-            total = sum_group(int32(start + group * group_bytes))
-            store_float(out + 4 * group, total)
-            group = int32(group + threads)
-
-    @cuda.jit(launch_bounds=(threads, 1))
-    def kernel(weight, x, step, count, staged_out, sums_out, factors_out):
-        zeros = shared_address(cuda.shared.array(0, np.uint16))
-        thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
-        start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
-        if early:  # what multiplies may fetch its weight meanwhile
-            let_dependents_start()
-            wait_for_dependencies()
-        factor = stage_own(weight, x, step, count, own, thread, zeros)
-        out = staged_out + np.int64(own) * columns * HALF_BYTES
-        write_staged(start, columns, out, thread)
-        groups = int32(weight.units * UNIT_GROUPS)
-        write_sums(start, groups, sums_out + np.int64(4 * own) * groups, thread)
-        if thread == 0:
-            store_float(factors_out + 4 * own, factor)
-
-    return kernel
+"""The signature of the kernel of `cores_kernel`."""
 
 
 @cache
 def cores_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, step, count, inputs, staged, factors), a block for each input.
 
-    x as for `staging_kernel`. staged: address of x' as fp16 [blocks of inputs, columns padded to
-    units / 8, inputs, 8]. Of each strip, four groups, the columns are in the order in which lanes
-    have them (`strip_decoder`): the i-th eight are columns 2i and 2i + 1 of each group.
+    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row; inputs from `count`
+    on are zero. staged: address of x' as fp16 [blocks of inputs, columns padded to units / 8,
+    inputs, 8]. Of each strip, four groups, the columns are in the order in which lanes have them
+    (`strip_decoder`): the i-th eight are columns 2i and 2i + 1 of each group.
     """
     threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
     group_bytes = HALF_BYTES * spec.unit.group_size
@@ -218,12 +164,11 @@ def scale_function(spec: KernelSpec) -> Any:
         while i < whole:
             words = load_words(x + 16 * i)
             for k in range(4):
-                low, high = int32(words[k] >> 7 & 0xFF), int32(words[k] >> 23 & 0xFF)
-                found = int32(max(found, low, high))
+                found = larger_exponent(found, words[k])
             i = int32(i + threads)
         i = int32(8 * whole + thread)
         while i < weight.columns:
-            found = int32(max(found, int32(load_uint16(x + 2 * i) >> 7 & 0xFF)))
+            found = larger_exponent(found, int32(load_uint16(x + 2 * i)))
             i = int32(i + threads)
         for distance in (16, 8, 4, 2, 1):
             found = int32(max(found, int32(cuda.shfl_xor_sync(ALL_LANES, found, distance))))
@@ -232,10 +177,23 @@ def scale_function(spec: KernelSpec) -> Any:
         cuda.syncthreads()
         for other in range(warps):
             found = int32(max(found, largest[other]))
-        exponent = found - EXPONENT_BIAS - LARGEST_EXPONENT
-        return int32(min(max(exponent, -MOST_EXPONENT), MOST_EXPONENT))
+        return exponent_for(found)
 
     return exponent_of if spec.kind == torch.bfloat16 else nothing
+
+
+@cuda.jit(device=True, forceinline=True)
+def larger_exponent(found, word):
+    """`found`, or one of the exponents, bias and all, of the two bf16 in a word."""
+    return int32(max(found, int32(word >> 7 & 0xFF), int32(word >> 23 & 0xFF)))
+
+
+@cuda.jit(device=True, forceinline=True)
+def exponent_for(found):
+    """The power of two by which an input is divided whose largest exponent, bias and all, is
+    `found`."""
+    exponent = found - EXPONENT_BIAS - LARGEST_EXPONENT
+    return int32(min(max(exponent, -MOST_EXPONENT), MOST_EXPONENT))
 
 
 def permuting_function(spec: KernelSpec) -> Any:

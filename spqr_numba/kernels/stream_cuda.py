@@ -1,13 +1,19 @@
 """How a kernel's warps share a prepared weight, and how each copies what it will need.
 
-A block of threads owns a run of tiles. The columns are taken in *slabs* of a few segments, so that
-x' of a slab fits into shared memory; in a slab a tile has, for each segment, its units and its run
-of outliers. These *items*, tile after tile, are dealt to the warps in stretches of equal length.
-The stretches are the same in every slab, and along them tiles and warps both ascend: so no two
-pairs of a warp and a tile it meets have the same `tile + warp`, the slot for the warp's share.
+A cluster of blocks, or one block, owns a run of tiles. The columns are cut into as many *parts* as
+there are blocks in a cluster and *slabs*: a block takes some parts side by side, one after the
+other where x' of all of them does not fit into shared memory. A part has some units of each tile,
+and the runs of outliers whose segments begin in it: so it needs x' from its first unit to the end
+of its last run.
+
+The *items* of a slab, tile after tile the units and then the runs, are dealt to the warps in
+stretches of equal length. The stretches are the same in every slab, and along them tiles and warps
+both ascend: so no two pairs of a warp and a tile it meets have the same `tile + warp`, the slot for
+the warp's share. Warps whose stretches are side by side run on different schedulers: where some
+stretches are longer by one, no scheduler gets all of these.
 
 A warp's items come through a ring in shared memory that it alone uses: while it works on one, the
-next are being copied. An item that does not exist (behind the last column) copies nothing.
+next are being copied. An item that does not exist (of a part that has fewer) copies nothing.
 """
 
 from __future__ import annotations
@@ -22,27 +28,43 @@ from numba import types
 
 from .launch import numba_cuda
 from .prepared import LANES, PreparedMatrix
-from .ptx import copier, divide, load_int32
+from .ptx import (
+    anew,
+    clear_shared,
+    copier,
+    copies_done,
+    divide,
+    divider,
+    end_of_copies,
+    load_int32,
+)
 from .runs import SEGMENT_COLUMNS, TILE_ROWS, segments_of
 from .unit_cuda import LOAD_BYTES, UnitSpec
 
 __all__ = [
     "BUFFERS",
+    "PLAN",
     "WEIGHT",
     "Item",
     "KernelSpec",
+    "Part",
     "Plan",
     "Weight",
     "Work",
     "addresses",
-    "filler",
-    "first_item_of",
-    "following",
+    "clear_shared_bytes",
+    "columns_function",
+    "parts_function",
+    "ring_starter",
+    "ring_walker",
     "run_of",
+    "stretches_function",
+    "unit_filler",
     "work_function",
 ]
 
 cuda = numba_cuda()
+SCHEDULERS = 4  # of a multiprocessor; a warp's number says which
 int32: Any = np.int32
 
 
@@ -55,16 +77,12 @@ class KernelSpec:
     warps: int
     stages: int
     early: bool
+    ranks: int = 1  # blocks of a cluster
 
     @property
     def threads(self) -> int:
         """Of a block."""
         return self.warps * LANES
-
-    @property
-    def warp_shift(self) -> int:
-        """log2 of the warps."""
-        return self.warps.bit_length() - 1
 
     @property
     def segment_units(self) -> int:
@@ -94,38 +112,54 @@ WEIGHT = types.NamedTuple([types.int64] * 5 + [types.int32] * 6, Weight)
 
 
 class Plan(NamedTuple):
-    """How a launch divides the work, and where things are in shared memory (product_cuda.py)."""
+    """How a launch divides the work, and where things are in shared memory (product_cuda.py and
+    several_cuda.py)."""
 
-    tiles: int  # of a block
-    longer: int  # how many blocks, the first ones, have one more
-    segments: int  # of a slab
+    tiles: int  # of a cluster
+    longer: int  # how many clusters, the first ones, have one more
     slabs: int
-    items: int  # of a segment: its units, and its run where there are outliers
-    stride: int  # from one input's x' to the next, in halves
-    sums_stride: int  # from one input's X to the next, in floats
+    units: int  # of a part
+    wider: int  # how many parts, the first ones, have one more
+    most_runs: int  # of a part
+    pairs: int  # of columns, that a block stages for its cluster
+    columns: int  # of x' in shared memory
     sums: int
     slots: int
     ring: int
 
 
+PLAN = types.NamedTuple([types.int32] * len(Plan._fields), Plan)
+"""Numba's type of a Plan."""
+
+
+class Part(NamedTuple):
+    """What a block takes of each tile at a time."""
+
+    unit: int
+    units: int
+    run: int
+    runs: int
+
+
 class Work(NamedTuple):
-    """What a block and a warp of it have to do, and who asks."""
+    """What a block and a warp of it have to do, and who asks. Warps count as their stretches do."""
 
     first_tile: int
     tiles: int
+    units: int  # places of units among a tile's
+    places: int  # items of a tile in a slab, there or not
     stretch: int  # items of the warp in each slab
     thread: int
     lane: int
     warp: int
+    rank: int
 
 
 class Item(NamedTuple):
-    """One item of a warp's: `place` counts the segment's units, then comes the run; `left` of the
-    stretch, this one included. Tiles count from the block's first, segments from the slab's."""
+    """One item of a warp's: `place` counts the tile's units, then come the runs; `left` of the
+    stretch, this one included. Tiles count from the cluster's first."""
 
-    slab: int
     tile: int
-    segment: int
     place: int
     left: int
 
@@ -155,74 +189,186 @@ def find_addresses(weight: PreparedMatrix) -> Weight:
     )
 
 
-@cuda.jit(device=True, forceinline=True)
-def first_item_of(warp, shift, items):
-    """Where a warp's stretch of a slab's items begins, of 2^shift warps; the next one's is where it
-    ends."""
-    return int32(int32(warp * items) >> shift)
+def stretches_function(spec: KernelSpec) -> Any:
+    """first_item_of(warp, items): where a warp's stretch of a slab's items begins; the next one's
+    is where it ends."""
+    divide_by_warps = divider(spec.warps)
+
+    @cuda.jit(device=True, forceinline=True)
+    def first_item_of(warp, items):
+        return divide_by_warps(int32(warp * items))
+
+    return first_item_of
+
+
+def parts_function(spec: KernelSpec) -> Any:
+    """part_of(weight, plan, rank, slab) -> Part."""
+    more, divide_by_units = spec.segment_units - 1, divider(spec.segment_units)
+
+    @cuda.jit(device=True, forceinline=True)
+    def part_of(weight, plan, rank, slab):
+        number = int32(rank * plan.slabs + slab)
+        unit = int32(number * plan.units + min(number, plan.wider))
+        units = int32(plan.units + (1 if number < plan.wider else 0))
+        run = divide_by_units(int32(unit + more))
+        runs = int32(divide_by_units(int32(unit + units + more)) - run)
+        return Part(unit, units, run, int32(runs if weight.runs else 0))
+
+    return part_of
+
+
+def columns_function(spec: KernelSpec) -> Any:
+    """columns_of(weight, part) -> the first column of x' that a part needs, and their end."""
+    columns = spec.unit.columns
+
+    @cuda.jit(device=True, forceinline=True)
+    def columns_of(weight, part):
+        end = int32(part.unit + part.units)
+        if part.runs:
+            end = int32((part.run + part.runs) * (SEGMENT_COLUMNS // columns))
+        return int32(part.unit * columns), int32(min(end, weight.units) * columns)
+
+    return columns_of
 
 
 def work_function(spec: KernelSpec) -> Any:
-    """work_of(weight, plan) -> Work, and the first Item, of this thread's warp."""
-    shift = spec.warp_shift
+    """work_of(weight, plan) -> Work, and the first Item, of this thread's warp.
+
+    Found anew at each call: registers that last from one to the next are dearer.
+    """
+    first_item_of, part_of = stretches_function(spec), parts_function(spec)
+    ranks, divide_by_ranks, number_of = spec.ranks, divider(spec.ranks), warp_function(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def places_of(weight, plan, rank):
+        if plan.slabs > 1:
+            return int32(plan.units + (1 if plan.wider else 0)), plan.most_runs
+        part = part_of(weight, plan, rank, int32(0))
+        return part.units, part.runs
 
     @cuda.jit(device=True, forceinline=True)
     def work_of(weight, plan):
-        thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
-        first_tile = int32(block * plan.tiles + min(block, plan.longer))
-        tiles = int32(plan.tiles + (1 if block < plan.longer else 0))
-        warp, of_tile = int32(thread >> 5), int32(plan.segments * plan.items)
-        begin = first_item_of(warp, shift, int32(tiles * of_tile))
-        stretch = int32(first_item_of(int32(warp + 1), shift, int32(tiles * of_tile)) - begin)
-        tile = divide(begin, of_tile)
-        in_tile = int32(begin - tile * of_tile)
-        segment = divide(in_tile, plan.items)
-        work = Work(first_tile, tiles, stretch, thread, int32(thread & 31), warp)
-        return work, Item(
-            int32(0 if stretch else plan.slabs),
-            tile,
-            segment,
-            int32(in_tile - segment * plan.items),
-            stretch,
-        )
+        thread, block = anew(int32(cuda.threadIdx.x)), anew(int32(cuda.blockIdx.x))
+        cluster, warp = divide_by_ranks(block), number_of(thread)
+        rank = int32(block - cluster * ranks)
+        first_tile = int32(cluster * plan.tiles + min(cluster, plan.longer))
+        tiles = int32(plan.tiles + (1 if cluster < plan.longer else 0))
+        units, runs = places_of(weight, plan, rank)
+        places = int32(units + runs)
+        begin = first_item_of(warp, int32(tiles * places))
+        stretch = int32(first_item_of(int32(warp + 1), int32(tiles * places)) - begin)
+        tile, lane = divide(begin, places), int32(thread & (LANES - 1))
+        work = Work(first_tile, tiles, units, places, stretch, thread, lane, warp, rank)
+        return work, Item(tile, int32(begin - tile * places), stretch)
 
     return work_of
 
 
+def warp_function(spec: KernelSpec) -> Any:
+    """number_of(thread) -> that of the thread's warp, by the order of stretches."""
+    turns, divide_by_schedulers = spec.warps // SCHEDULERS, divider(SCHEDULERS)
+    in_turns = spec.warps % SCHEDULERS == 0
+
+    @cuda.jit(device=True, forceinline=True)
+    def number_of(thread):
+        warp = int32(thread >> 5)
+        if in_turns:
+            turn = divide_by_schedulers(warp)
+            warp = int32((warp - turn * SCHEDULERS) * turns + turn)
+        return warp
+
+    return number_of
+
+
 @cuda.jit(device=True, forceinline=True)
-def following(plan, item, first):
-    """The item behind `item`; behind a slab's last the next slab's `first`."""
-    slab, tile, segment, place = item.slab, item.tile, item.segment, int32(item.place + 1)
-    left = int32(item.left - 1)
-    if place == plan.items:
-        place, segment = int32(0), int32(segment + 1)
-        if segment == plan.segments:
-            segment, tile = int32(0), int32(tile + 1)
-    if left == 0:
-        slab, left = int32(slab + 1), first.left
-        tile, segment, place = first.tile, first.segment, first.place
-    return Item(slab, tile, segment, place, left)
+def following(work, item):
+    """The item behind `item`."""
+    tile, place = item.tile, int32(item.place + 1)
+    if place == work.places:
+        tile, place = int32(tile + 1), int32(0)
+    return Item(tile, place, int32(item.left - 1))
+
+
+# --- The rings
+
+
+def ring_function(spec: KernelSpec) -> Any:
+    """ring_of(plan, work, zeros) -> address of the warp's ring."""
+    ring_bytes = spec.stages * spec.unit.bytes
+
+    @cuda.jit(device=True, forceinline=True)
+    def ring_of(plan, work, zeros):
+        return int32(zeros + plan.ring + work.warp * ring_bytes)
+
+    return ring_of
+
+
+def ring_starter(spec: KernelSpec) -> Any:
+    """start_ring(weight, plan, work, part, first, zeros): the first items are on their way."""
+    stages, unit_bytes = spec.stages, spec.unit.bytes
+    fill, ring_of = filler(spec), ring_function(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def start_ring(weight, plan, work, part, first, zeros):
+        ring, item = ring_of(plan, work, zeros), first
+        for i in range(stages):
+            fill(weight, work, part, item, int32(ring + i * unit_bytes))
+            item = following(work, item)
+            end_of_copies()
+
+    return start_ring
+
+
+def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
+    """walk(weight, plan, work, part, first, zeros): each of the warp's items is given to
+    multiply(weight, plan, work, part, item, at, zeros)."""
+    stages, unit_bytes = spec.stages, spec.unit.bytes
+    fill, ring_of, wait_for_item = filler(spec), ring_function(spec), copies_done(stages - 1)
+
+    @cuda.jit(device=True, forceinline=True)
+    def walk(weight, plan, work, part, first, zeros):
+        ring, item, slot = ring_of(plan, work, zeros), first, int32(0)
+        while item.left > 0:
+            wait_for_item()
+            cuda.syncwarp()
+            at = int32(ring + slot * unit_bytes)
+            multiply(weight, plan, work, part, item, at, zeros)
+            cuda.syncwarp()
+            item = following(work, item)
+            ahead = item
+            for _ in range(stages - 1):
+                ahead = following(work, ahead)
+            fill(weight, work, part, ahead, at)
+            end_of_copies()
+            slot = int32(slot + 1 if slot + 1 < stages else 0)
+
+    return walk
+
+
+@cuda.jit(device=True, forceinline=True)
+def clear_shared_bytes(begin, end, thread, threads):
+    """Zeros from a shared address on to another; 8 divides both."""
+    at = int32(begin + 8 * thread)
+    while at < end:
+        clear_shared(at)
+        at = int32(at + 8 * threads)
 
 
 # --- Copying ahead
 
 
 def filler(spec: KernelSpec) -> Any:
-    """fill(weight, plan, work, item, to): an item on its way to shared memory."""
+    """fill(weight, work, part, item, to): an item on its way to shared memory."""
     fill_unit, fill_run = unit_filler(spec.unit), run_filler(spec.unit)
-    segment_units = spec.segment_units
 
     @cuda.jit(device=True, forceinline=True)
-    def fill(weight, plan, work, item, to):
-        if item.slab < plan.slabs:
-            tile = int32(work.first_tile + item.tile)
-            segment = int32(item.slab * plan.segments + item.segment)
-            if item.place < segment_units:
-                unit = int32(segment * segment_units + item.place)
-                if unit < weight.units:
-                    fill_unit(weight, tile, unit, to, work.lane)
-            elif segment < weight.segments:
-                fill_run(weight, tile, segment, to, work.lane)
+    def fill(weight, work, part, item, to):
+        tile = int32(work.first_tile + item.tile)
+        if item.left > 0 and item.place < work.units:
+            if item.place < part.units:
+                fill_unit(weight, tile, int32(part.unit + item.place), to, work.lane)
+        elif item.left > 0 and item.place < work.units + part.runs:
+            fill_run(weight, tile, int32(part.run + item.place - work.units), to, work.lane)
 
     return fill
 

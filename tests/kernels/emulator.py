@@ -29,7 +29,10 @@ KERNELS = (
     "stream_cuda",
     "staging_cuda",
     "run_cuda",
+    "run_several_cuda",
+    "several_inputs_cuda",
     "product_cuda",
+    "several_cuda",
     "prepared_cuda",
     "matmul_cuda",
     "many_tile_cuda",
@@ -38,7 +41,8 @@ KERNELS = (
     "matmul_many_cuda",
 )  # that `jit` sees
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
-MULTIPROCESSORS = 1
+MULTIPROCESSORS = CLUSTERS = 1
+RANK_STEP = 2**20  # from a block's shared memory to that of the next one of the cluster
 LANES = 32
 WARPGROUP = 128
 LOAD_BYTES = 16
@@ -77,6 +81,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         "launch": {
             "numba_cuda": lambda: Cuda,
             "Launcher": Launcher,
+            "most_clusters": lambda device, ranks, threads: CLUSTERS,
             "shared_memory": lambda device: SHARED_BYTES,
         },
         "ptx": nothing
@@ -85,20 +90,29 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "anew": lambda number: number,
             "load_int32": lambda address: read(address, ctypes.c_int32, np.int32),
             "load_uint16": lambda address: read(address, ctypes.c_uint16, np.uint16),
+            "load_word": lambda address: read(address, ctypes.c_int32, np.int32),
             "load_float": lambda address: read(address, ctypes.c_float, FLOAT),
             "load_words": load_words,
             "shared_int32": partial(shared, np.int32),
             "shared_float": partial(shared, FLOAT),
             "shared_uint16": partial(shared, np.uint16),
             "to_shared_int32": partial(to_shared, np.int32),
+            "to_shared_load": to_shared_load,
             "to_shared_uint16": partial(to_shared, np.uint16),
             "to_shared_float": partial(to_shared, FLOAT),
             "clear_shared": lambda address: to_shared(np.uint64, address, 0),
             "divide": lambda one, other: np.int32(one // other),
+            "divider": lambda by: lambda one: np.int32(one // by),
             "store_uint16": partial(write, ctypes.c_uint16, int),
-            "store_int32": partial(write, ctypes.c_int32, int),
             "store_float": partial(write, ctypes.c_float, float),
             "word_gatherer": word_gatherer,
+            "of_rank": lambda address, rank: np.int32((rank + 1) * RANK_STEP + address),
+            "cluster_float": partial(shared, FLOAT),
+            "to_cluster_int32": partial(to_shared, np.int32),
+            "to_cluster_load": to_shared_load,
+            "arrive_in_cluster": lambda: None,
+            "publish_in_cluster": lambda: None,
+            "wait_for_cluster": lambda: here.block.cluster.barrier.wait(),
             "copier": partial(copier, late),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
@@ -117,12 +131,17 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "unit_multiplier": unit_multiplier,
             "group_summer": group_summer,
             "add_to_shared": add_to_shared,
+            "put_floats": put_floats,
+            "four_floats": lambda address: tuple(shared(FLOAT, address + 4 * i) for i in range(4)),
         },
-        "outlier_cuda": words_and_floats
-        | {
+        "outlier_cuda": {
+            "i32": constants["i32"],
             "add_entry": add_entry,
             "entries_adder": entries_adder,
-            "pairs_adder": pairs_adder,
+        },
+        "outlier_several_cuda": {
+            "i32": constants["i32"],
+            "entries_multiplier": entries_multiplier,
         },
         "unit_numbers_cuda": constants
         | {
@@ -145,7 +164,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "bulk_copy": partial(bulk_copy, late),
             "wait_for_phase": lambda at, parity: here.block.barriers[int(at)].wait(int(parity)),
         },
-        "unit_several_cuda": words_and_floats,
+        "unit_several_cuda": words_and_floats | {"pair_summer": pair_summer},
         "codes_cuda": {"i32": constants["i32"]},
     }
 
@@ -153,8 +172,20 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
 # --- Blocks, threads, and what they do together
 
 
+class Cluster:
+    """Blocks that run together, and where all their threads wait for each other."""
+
+    def __init__(self, indices: range, grid: int, threads: int, shared_bytes: int) -> None:
+        self.barrier = threading.Barrier(len(indices) * threads)
+        self.blocks = [Block(index, grid, threads, shared_bytes) for index in indices]
+        for block in self.blocks:
+            block.cluster = self
+
+
 class Block:
     """A running block: its shared memory, and where its threads wait for each other."""
+
+    cluster: Cluster
 
     def __init__(self, index: int, grid: int, threads: int, shared_bytes: int) -> None:
         self.index, self.grid = index, grid
@@ -186,28 +217,31 @@ class Meeting:
 
 
 class Launcher:
-    """launch.Launcher: runs a kernel, block by block."""
+    """launch.Launcher: runs a kernel, cluster by cluster."""
 
-    def __init__(self, kernel, signature, device, *, threads, shared_bytes, early):
-        self.kernel, self.threads, self.signature = kernel, threads, signature
+    def __init__(self, kernel, signature, device, *, threads, shared_bytes, early, ranks=1):
+        self.kernel, self.threads, self.signature, self.ranks = kernel, threads, signature, ranks
         assert shared_bytes <= SHARED_BYTES
 
     def launch(self, grid: int, shared_bytes: int, stream: int, *numbers: int) -> None:
-        """All blocks, one after the other; the first error of a thread is raised."""
+        """All clusters, one after the other; the first error of a thread is raised."""
         rest, arguments = iter(numbers), []
         for argument in self.signature:
             kinds = getattr(argument, "types", [argument])
             values = [getattr(np, kind.name)(next(rest)) for kind in kinds]
             arguments.append(argument.instance_class(*values) if len(values) > 1 else values[0])
         assert not list(rest)
-        for index in range(grid):
-            self.run_block(Block(index, grid, self.threads, shared_bytes), arguments)
+        assert grid % self.ranks == 0
+        for first in range(0, grid, self.ranks):
+            indices = range(first, first + self.ranks)
+            self.run_cluster(Cluster(indices, grid, self.threads, shared_bytes), arguments)
 
-    def run_block(self, block: Block, arguments: list[Any]) -> None:
+    def run_cluster(self, cluster: Cluster, arguments: list[Any]) -> None:
         """Raises what a thread raised."""
         errors: list[BaseException] = []
         threads = [
             threading.Thread(target=self.run_thread, args=(block, number, arguments, errors))
+            for block in cluster.blocks
             for number in range(self.threads)
         ]
         for thread in threads:
@@ -228,10 +262,11 @@ class Launcher:
                 self.kernel(*arguments)
         except BaseException as error:  # a thread has nobody to raise it to
             errors.append(error)
-            for meeting in (block, *block.warps, *block.warpgroups):
-                meeting.barrier.abort()
-            for phases in list(block.barriers.values()):
-                phases.abort()
+            for other in block.cluster.blocks:
+                for meeting in (block.cluster, other, *other.warps, *other.warpgroups):
+                    meeting.barrier.abort()
+                for phases in list(other.barriers.values()):
+                    phases.abort()
 
 
 class Cuda:
@@ -325,12 +360,21 @@ def to_shared(dtype: Any, address: Any, value: Any) -> None:
     place_in_shared(dtype, address)[0] = value
 
 
+def to_shared_load(address: Any, *words: Any) -> None:
+    """Four words to shared memory."""
+    assert address % LOAD_BYTES == 0
+    for i, word in enumerate(words):
+        to_shared(np.int32, address + 4 * i, word)
+
+
 def place_in_shared(dtype: Any, address: Any) -> np.ndarray:
-    """Where it lies, as an array of one."""
+    """Where it lies, as an array of one; in another block's memory where `of_rank` says."""
+    rank, place = divmod(int(address), RANK_STEP)
+    block = here.block.cluster.blocks[rank - 1] if rank else here.block
     size = np.dtype(dtype).itemsize
-    assert address % size == 0
-    assert 0 <= address <= len(here.block.memory) - size
-    return here.block.memory[int(address) : int(address) + size].view(dtype)
+    assert place % size == 0
+    assert 0 <= place <= len(block.memory) - size
+    return block.memory[place : place + size].view(dtype)
 
 
 def write(kind: Any, number: Any, address: int, value: Any) -> None:
@@ -607,6 +651,13 @@ def add_to_shared(address: Any, totals: Any) -> None:
     add_floats(Instructions(here.block.memory), np.array([address], WORD), values)
 
 
+def put_floats(address: Any, values: Any) -> None:
+    """unit_cuda.put_floats, of one lane."""
+    assert address % LOAD_BYTES == 0
+    for i, value in enumerate(values):
+        to_shared(FLOAT, address + 4 * i, value)
+
+
 def add_entry(*given: Any) -> Any:
     """outlier_cuda.add_entry, of one lane."""
     from spqr_numba.kernels.outlier_cuda import grown_by_entry
@@ -624,25 +675,39 @@ def entries_adder(at_once: int, stride: int) -> Callable[..., Any]:
     return partial(of_one_lane, written)
 
 
-def pairs_adder(lane_bytes: int) -> Callable[..., Any]:
-    """outlier_cuda.pairs_adder, of one lane."""
-    from spqr_numba.kernels.outlier_cuda import add_scaled_pairs
-
-    def written(ptx: Instructions, *given: Any) -> Any:
-        add_scaled_pairs(ptx, lane_bytes, *given)  # type: ignore[arg-type]
-        return []
-
-    return partial(of_one_lane, written)
-
-
 def of_one_lane(write: Callable[..., Any], *given: Any) -> Any:
-    """What instructions give that are written for numbers and, at the end, totals."""
-    *numbers, totals = given
+    """What instructions give that are written for numbers and, at the end, a total."""
+    *numbers, total = given
     words = [np.array([int(number)]).astype(WORD) for number in numbers]
-    instructions = Instructions(here.block.memory)
-    return tuple(
-        value[0] for value in write(instructions, *words, [np.array([FLOAT(t)]) for t in totals])
-    )
+    return write(Instructions(here.block.memory), *words, np.array([FLOAT(total)]))[0]
+
+
+def entries_multiplier(spec: Any) -> Callable[..., Any]:
+    """outlier_several_cuda.entries_multiplier."""
+    from spqr_numba.kernels.outlier_several_cuda import Entries
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
+        parts = [np.array(part).T for part in zip(*given, strict=True)]
+        place, own, lane, x, x_step = (part.astype(WORD) for part in parts[:5])
+        with np.errstate(all="ignore"):
+            entries = Entries(Instructions(memory), spec, place, own, lane)  # type: ignore[arg-type]
+            grown = entries.add_to(list(parts[5].astype(FLOAT)), x, x_step)
+        return list(zip(*grown, strict=True))
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
+
+
+def pair_summer(group_size: int) -> Callable[..., Any]:
+    """unit_several_cuda.pair_summer."""
+    from spqr_numba.kernels.unit_several_cuda import pair_sums
+
+    def run(memory: np.ndarray, given: list[Any]) -> list[Any]:
+        places = [np.array(part).astype(WORD) for part in zip(*given, strict=True)]
+        with np.errstate(all="ignore"):
+            sums = pair_sums(Instructions(memory), group_size, *places)  # type: ignore[arg-type]
+        return list(zip(*sums, strict=True))
+
+    return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 
 
 class Instructions:
@@ -654,7 +719,10 @@ class Instructions:
     add = staticmethod(lambda a, b: a + b if a.dtype == np.int64 else (a + b).astype(WORD))
     mul = staticmethod(lambda a, b: (a * b).astype(WORD))
     and_ = staticmethod(lambda a, b: a & b)
+    or_ = staticmethod(lambda a, b: a | b)
+    xor = staticmethod(lambda a, b: a ^ b)
     lshr = staticmethod(lambda a, b: a >> b)
+    shl = staticmethod(lambda a, b: (a << b).astype(WORD))
     fadd = staticmethod(lambda a, b: FLOAT(a + b))
     fsub = staticmethod(lambda a, b: FLOAT(a - b))
     fmul = staticmethod(lambda a, b: FLOAT(a * b))
@@ -698,6 +766,14 @@ class Instructions:
         assert (address % LOAD_BYTES == 0).all()
         for i, word in enumerate(words):
             self.memory[: len(self.memory) // 8 * 8].view(WORD)[address // 4 + i] = word
+
+    def load_matrices(self, address: np.ndarray, count: int) -> list[np.ndarray]:
+        """Matrices of 8 x 8 halves, transposed: a lane's row of each is its columns' halves."""
+        assert (address % LOAD_BYTES == 0).all()
+        numbers = self.memory[: len(self.memory) // 8 * 8].view(np.uint16)
+        rows = numbers[address[: 8 * count, None] // 2 + np.arange(8)].reshape(count, 8, 8)
+        words = rows.transpose(0, 2, 1).astype(WORD).reshape(count, LANES, 2)
+        return list(words[..., 0] | words[..., 1] << WORD(16))
 
     def meet_warp(self) -> None:
         """Nothing: lanes do everything together."""
@@ -744,6 +820,19 @@ class Instructions:
         """Both halves, of the other sign."""
         return word ^ WORD(0x80008000)
 
+    def shifted_left(self, word: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Nothing is left of it by 32 places."""
+        return np.where(places < 32, word << np.minimum(places, 31), 0).astype(WORD)
+
+    def signs(self, word: np.ndarray, first: int) -> np.ndarray:
+        """Two halves full of a byte's highest bit."""
+        low, high = (word >> WORD(8 * byte + 7) & WORD(1) for byte in (first, first + 1))
+        return low * WORD(0xFFFF) | high * WORD(0xFFFF0000)
+
+    def upper_halves(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Those of two words."""
+        return low >> WORD(16) | high & WORD(0xFFFF0000)
+
     def bytes_of(self, word: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Four bytes by their numbers."""
         digits = [chosen >> WORD(4 * i) & WORD(3) for i in range(4)]
@@ -774,7 +863,9 @@ class Instructions:
 
     def mma(self, sums: list, a: list, b: list) -> list[np.ndarray]:
         """mma.m16n8k16 or m16n8k8, by the fragment tables of the PTX manual."""
-        left = np.stack([halves(word) for word in np.broadcast_arrays(*a)]).astype(np.float64)
+        left = np.stack([halves(word) for word in np.broadcast_arrays(*a, b[0])[:-1]]).astype(
+            np.float64
+        )
         right = np.stack([halves(word) for word in b]).astype(np.float64)
         # lane = 4 g + t; A: [eight of k, half of rows, g, t, pair]; B: [eight of k, n, t, pair]
         rows = left.reshape(-1, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, -1)

@@ -7,7 +7,9 @@ test_matmul.py has matrices that stay canonical.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ import torch
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.kernels.matmul import DENSE_FROM, ROUNDED_FROM, matmul, multiply_prepared
-from spqr_numba.kernels.prepared import prepare
+from spqr_numba.kernels.prepared import padded_columns, prepare
+from spqr_numba.kernels.runs import SEGMENT_COLUMNS, segments_of
 
 from ..gpu import assert_no_spills, each_capability, needs_numba_cuda, ptx_of
 from ..problems import make_spec
@@ -131,7 +134,25 @@ def test_bad_inputs_stay_in_their_row(batch: int, bad: float, dtype: torch.dtype
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 70])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(("name", "batch"), [("long", 5), ("many units", 16)])
+def test_clusters(
+    name: str, batch: int, ranks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size, and so slabs of the inputs."""
+    from spqr_numba.kernels import matmul_cuda
+
+    if torch.cuda.get_device_properties("cuda").major < matmul_cuda.HOPPER and ranks > 1:
+        pytest.skip("this GPU has no clusters")
+    monkeypatch.setattr(matmul_cuda, "RANKS", (ranks,))
+    matrix = build(name)
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
+    assert_right(run(x, matrix), x, matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8, 16, 70])
 def test_same_bits_twice_and_in_a_graph(batch: int) -> None:
     weight = prepare(build("paper").to("cuda"))
     x = make_x(batch, weight.spec.in_features, dtype=torch.float16).cuda()
@@ -160,23 +181,100 @@ def test_same_bits_twice_and_in_a_graph(batch: int) -> None:
         ("many units", 1, torch.float16, "early"),
         ("group 32, stats 64", 1, torch.bfloat16, "late"),
         ("group 32, stats 64", 3, torch.float16, "early"),
-        ("ragged", 3, torch.bfloat16, "late"),
-        ("no whole load", 8, torch.float16, "early"),
         ("no whole load", 20, torch.float16, "late"),
-        ("4 bit", 11, torch.bfloat16, "late"),
-        ("2 bit", 2, torch.float16, "late"),
-        ("all outliers in one row", 2, torch.float16, "late"),
-        ("many units", 5, torch.float16, "late"),
-        ("many units", 16, torch.float16, "early"),
     ],
     ids=str,
 )
 def test_emulated(name: str, batch: int, dtype: torch.dtype, arrival: str) -> None:
     matrix = build(name)
     x = make_x(batch, matrix.spec.in_features, dtype=dtype)
-    with emulated(arrival, major=9 if batch <= MOST_EXACT else 8):
+    with emulated(arrival, major=9 if batch <= MOST_EXACT else 8) as room:
+        give_rings(room, (4, 2), 1)
         y = multiply_prepared(x, prepare(matrix), None)
     assert_right(y, x, matrix)
+
+
+def give_rings(room: ModuleType, ring: tuple[int, int], ranks: int) -> None:
+    """Warps and stages of the products of several inputs, and blocks of a cluster."""
+    room.RINGS |= dict.fromkeys((8, 16), (ring,))
+    room.RANKS = (ranks,)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "dtype", "arrival", "ring", "ranks"),
+    [
+        ("no outliers", 2, torch.float16, "late", (4, 2), 1),
+        ("ragged", 3, torch.bfloat16, "late", (8, 1), 1),
+        ("no whole load", 8, torch.float16, "early", (2, 2), 1),
+        ("one column", 7, torch.bfloat16, "early", (2, 2), 1),
+        ("none found", 8, torch.float16, "late", (4, 2), 1),
+        ("in order", 9, torch.float16, "late", (4, 2), 2),
+        ("all outliers in one row", 2, torch.float16, "late", (3, 2), 2),
+        ("4 bit", 11, torch.bfloat16, "late", (4, 2), 2),
+        ("2 bit", 2, torch.float16, "early", (4, 2), 2),
+        ("many units", 5, torch.float16, "late", (4, 3), 4),
+        ("many units", 16, torch.float16, "early", (4, 2), 2),
+    ],
+    ids=str,
+)
+def test_clusters_emulated(
+    name: str, batch: int, dtype: torch.dtype, arrival: str, ring: tuple[int, int], ranks: int
+) -> None:
+    matrix = build(name)
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
+    bias = make_x(matrix.spec.out_features, dtype=dtype, seed=1)
+    with emulated(arrival) as room:
+        give_rings(room, ring, ranks)
+        y = multiply_prepared(x, prepare(matrix), bias)
+    assert_right(y, x, matrix, bias)
+
+
+@pytest.mark.parametrize("arrival", ["early", "late"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slabs_emulated(ranks: int, arrival: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where x' does not fit into shared memory at once."""
+    matrix = build("many units")
+    x = make_x(8, matrix.spec.in_features, dtype=torch.float16)
+    with emulated(arrival) as room:
+        give_rings(room, (4, 2), ranks)
+        monkeypatch.setattr(room, "shared_memory", lambda device: 80 * 1024)
+        weight = prepare(matrix)
+        _, plan, _ = next(room.plans(weight, x.dtype, 8))
+        y = multiply_prepared(x, weight, None)
+    assert plan.slabs > 1
+    assert_right(y, x, matrix)
+
+
+@pytest.mark.parametrize("group_size", [8, 16])
+@pytest.mark.parametrize("columns", [500, 4096, 11008, 28672])
+@pytest.mark.parametrize(("ranks", "slabs"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 3), (4, 2)])
+def test_parts(columns: int, group_size: int, ranks: int, slabs: int) -> None:
+    """Each unit and each run is of one part, and x' of a part has room where the plan says."""
+    settings = {"group_size": group_size, "stats_group_size": 64}
+    weight = prepare(random_matrix(make_spec(16, columns, **settings), 3, permuted=True))
+    slabs = min(slabs, weight.units // ranks) or 1
+    ranks = min(ranks, weight.units)
+    with emulated("early") as room:
+        unit = room.UnitSpec.of(weight.spec, 8)
+        spec = room.KernelSpec(unit, torch.float16, 16, 1, True, ranks)
+        plan = room.plan_of_several(weight, spec, slabs, 1)
+        stream = sys.modules["spqr_numba.kernels.stream_cuda"]
+        part_of, columns_of = stream.parts_function(spec), stream.columns_function(spec)
+        addresses = room.addresses(weight)
+        units, runs = [], []
+        for rank in range(ranks):
+            for slab in range(slabs):
+                part = part_of(addresses, plan, rank, slab)
+                first, end = columns_of(addresses, part)
+                units += range(part.unit, part.unit + part.units)
+                runs += range(part.run, part.run + part.runs)
+                assert end - first <= plan.columns
+                assert first <= part.unit * unit.columns
+                ends = (part.run + part.runs) * SEGMENT_COLUMNS
+                assert not part.runs or min(ends, padded_columns(weight.spec)) <= end
+                assert part.runs <= plan.most_runs
+    assert units == list(range(weight.units))
+    assert runs == list(range(segments_of(weight.spec)))
 
 
 OLD, NEW = (8, 0), (9, 0)
@@ -184,29 +282,19 @@ OLD, NEW = (8, 0), (9, 0)
 
 @needs_numba_cuda
 @pytest.mark.parametrize(
-    ("bits", "group_size", "inputs", "dtype", "capability"),
+    ("bits", "group_size", "dtype", "capability"),
     [
-        (3, 16, 1, torch.float16, OLD),
-        (3, 16, 1, torch.bfloat16, NEW),
-        (2, 16, 1, torch.float16, OLD),
-        (4, 16, 1, torch.bfloat16, NEW),
-        (3, 8, 1, torch.float16, NEW),
-        (3, 32, 1, torch.float16, NEW),
-        (3, 16, 8, torch.bfloat16, OLD),
-        (3, 16, 8, torch.float16, NEW),
-        (2, 16, 8, torch.float16, NEW),
-        (4, 16, 16, torch.float16, OLD),
-        (3, 8, 16, torch.float16, NEW),
+        (3, 16, torch.float16, OLD),
+        (3, 16, torch.bfloat16, NEW),
+        (2, 16, torch.float16, OLD),
+        (4, 16, torch.bfloat16, NEW),
+        (3, 8, torch.float16, NEW),
+        (3, 32, torch.float16, NEW),
     ],
     ids=str,
 )
 def test_ptx(
-    bits: int,
-    group_size: int,
-    inputs: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    tmp_path: Path,
+    bits: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
 ) -> None:
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
     from spqr_numba.kernels.matmul_cuda import RINGS
@@ -214,16 +302,58 @@ def test_ptx(
     from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    unit = UnitSpec(bits, bits, group_size, inputs)
-    spec = KernelSpec(unit, dtype, *RINGS[inputs][0], capability[0] >= 9)
+    unit = UnitSpec(bits, bits, group_size)
+    spec = KernelSpec(unit, dtype, *RINGS[1][0], capability >= NEW)
     kernel = product_kernel.__wrapped__(spec)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
-    depth = 16 if inputs == 1 else group_size
-    products = len(re.findall(rf"mma\.sync\.aligned\.m16n8k{depth}\S*f32\.f16\.f16\.f32", ptx))
-    assert products == unit.columns // depth * max(1, inputs // 8)
+    assert len(re.findall(PRODUCT.format(16), ptx)) == unit.columns // 16
     assert "cp.async.cg.shared.global" in ptx
-    assert ("griddepcontrol.wait" in ptx) == (capability[0] >= 9)
+    assert ("griddepcontrol.wait" in ptx) == (capability >= NEW)
+    assert_no_spills(ptx, capability, tmp_path)
+
+
+PRODUCT = r"mma\.sync\.aligned\.m16n8k{}\S*f32\.f16\.f16\.f32"
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize(
+    ("bits", "group_size", "inputs", "dtype", "capability"),
+    [
+        (3, 16, 8, torch.bfloat16, OLD),
+        (3, 16, 8, torch.float16, NEW),
+        (3, 16, 16, torch.bfloat16, NEW),
+        (2, 16, 8, torch.float16, NEW),
+        (4, 16, 16, torch.float16, OLD),
+        (3, 8, 16, torch.float16, NEW),
+    ],
+    ids=str,
+)
+def test_ptx_of_several(
+    bits: int,
+    group_size: int,
+    inputs: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    """And ldmatrix; clusters where there are any."""
+    from spqr_numba.kernels.matmul_cuda import RINGS
+    from spqr_numba.kernels.several_cuda import SEVERAL, several_kernel
+    from spqr_numba.kernels.stream_cuda import KernelSpec
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    unit, new = UnitSpec(bits, bits, group_size, inputs), capability >= NEW
+    spec = KernelSpec(unit, dtype, *RINGS[inputs][0], new, 2 if new else 1)
+    kernel = several_kernel.__wrapped__(spec)
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx = ptx_of(kernel, SEVERAL, capability, launch_bounds=bounds)
+    products = len(re.findall(PRODUCT.format(group_size), ptx))
+    assert products >= unit.columns // group_size * (inputs // 8)
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
+    for only_new in ("griddepcontrol.wait", "barrier.cluster.wait", "st.shared::cluster.v4.b32"):
+        assert (only_new in ptx) == new
     assert_no_spills(ptx, capability, tmp_path)
 
 
@@ -231,14 +361,12 @@ def test_ptx(
 @each_capability
 def test_ptx_of_staging(capability: tuple[int, int], tmp_path: Path) -> None:
     """No float64, nothing in local memory, no spills."""
-    from spqr_numba.kernels.staging_cuda import CORES, STAGING, cores_kernel, staging_kernel
+    from spqr_numba.kernels.staging_cuda import CORES, cores_kernel
     from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    unit = UnitSpec(3, 3, 16, 8)
-    spec = KernelSpec(unit, torch.bfloat16, 16, 1, capability[0] >= 9)
-    for make, signature in ((staging_kernel, STAGING), (cores_kernel, CORES)):
-        kernel = make.__wrapped__(spec)
-        bounds = kernel.targetoptions["launch_bounds"]
-        ptx = ptx_of(kernel, signature, capability, launch_bounds=bounds)
-        assert_no_spills(ptx, capability, tmp_path)
+    spec = KernelSpec(UnitSpec(3, 3, 16, 8), torch.bfloat16, 16, 1, capability >= NEW)
+    kernel = cores_kernel.__wrapped__(spec)
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx = ptx_of(kernel, CORES, capability, launch_bounds=bounds)
+    assert_no_spills(ptx, capability, tmp_path)

@@ -1,0 +1,350 @@
+"""How a cluster of blocks stages several inputs: each block a share of the columns, for all blocks.
+
+    x'  fp16     [inputs / 8, columns, 8 inputs]    permuted; of a bf16 input: over a power of two
+    -X  float32  [inputs / 8, groups / 2, 8 inputs, 2 groups]    its sums, in units of 2^-24
+
+A thread reads two columns of eight inputs, and writes the eight numbers of a column at once: 16
+bytes, into the shared memory of each block whose part of the columns (stream_cuda.py) has the
+column's place. So an input is read once a cluster, and its permutation costs no more than writing.
+In a group the columns are in the order in which a product of tensor cores takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .launch import numba_cuda
+from .prepared import ALL_LANES, LANES
+from .ptx import (
+    arrive_in_cluster,
+    divider,
+    load_int32,
+    load_uint16,
+    load_word,
+    of_rank,
+    publish_in_cluster,
+    shared_float,
+    shared_int32,
+    to_cluster_int32,
+    to_cluster_load,
+    to_shared_float,
+    to_shared_int32,
+    to_shared_load,
+    wait_for_cluster,
+)
+from .scalars import bfloat_to_float, float_to_half, power_of_two
+from .staging_cuda import exponent_for, larger_exponent
+from .stream_cuda import KernelSpec, columns_function, parts_function
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, put_floats
+from .unit_several_cuda import AT_ONCE, pair_summer
+
+__all__ = [
+    "FACTORS",
+    "INPUTS_BEGIN",
+    "cluster_functions",
+    "factor_finder",
+    "several_stager",
+]
+
+cuda = numba_cuda()
+
+MOST_RANKS, MOST_INPUTS = 8, 16
+FACTORS = WORD_BYTES * MOST_RANKS * MOST_INPUTS  # behind exponents [ranks, inputs]
+DIVIDED = FACTORS + WORD_BYTES * MOST_INPUTS  # one over the factors
+INPUTS_BEGIN = DIVIDED + WORD_BYTES * MOST_INPUTS  # where x' lies
+int32: Any = np.int32
+
+
+def cluster_functions(spec: KernelSpec) -> tuple[Any, Any, Any]:
+    """arrive(), publish(), wait(): for the threads of the cluster, which may be one block. Before
+    others read what a thread has written, it must publish, and not merely arrive."""
+    if spec.ranks > 1:
+        return arrive_in_cluster, publish_in_cluster, wait_for_cluster
+
+    @cuda.jit(device=True, forceinline=True)
+    def arrive():
+        pass
+
+    @cuda.jit(device=True, forceinline=True)
+    def wait():
+        cuda.syncthreads()
+
+    return arrive, arrive, wait
+
+
+def several_stager(spec: KernelSpec) -> Any:
+    """stage(weight, plan, x, step, count, work, part, slab, zeros): x' and -X of a slab.
+
+    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. Inputs from `count`
+    on are zero. When it begins the cluster's blocks must be done with the slab before, and when
+    it returns all threads see this one.
+    """
+    columns_of, (_, publish, wait) = columns_function(spec), cluster_functions(spec)
+    clear_padding, scatter, sum_groups = padding(spec), scatterer(spec), summer(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def stage(weight, plan, x, step, count, work, part, slab, zeros):
+        first, end = columns_of(weight, part)
+        clear_padding(weight, plan, first, end, work.thread, zeros)
+        scatter(weight, plan, x, step, count, work, slab, zeros)
+        publish()
+        wait()
+        sum_groups(plan, int32(end - first), work, zeros)
+        cuda.syncthreads()
+
+    return stage
+
+
+def padding(spec: KernelSpec) -> Any:
+    """clear_padding(weight, plan, first, end, thread, zeros): zeros behind the last column."""
+    threads, place_of = spec.threads, place_function(spec)
+    eights, zero = spec.unit.inputs // AT_ONCE, int32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def clear_padding(weight, plan, first, end, thread, zeros):
+        column = int32(max(first, weight.columns) + thread)
+        while column < end:
+            for eight in range(eights):
+                place = place_of(plan, int32(eight), int32(column - first), zeros)
+                to_shared_load(place, zero, zero, zero, zero)
+            column = int32(column + threads)
+
+    return clear_padding
+
+
+def place_function(spec: KernelSpec) -> Any:
+    """place_of(plan, eight, column, zeros) -> where a column's x' lies; columns of the part.
+
+    Of a group of 16 an mma's operand has 0, 1, 4, 5, 8 ... and then 2, 3, 6, 7 ..., where 4t ...
+    4t + 3 are the quarter of lane t.
+    """
+    spread = spec.unit.group_size > AT_ONCE
+
+    @cuda.jit(device=True, forceinline=True)
+    def place_of(plan, eight, column, zeros):
+        if spread:
+            column = int32((column & ~14) | (column & 12) >> 1 | (column & 2) << 2)
+        return int32(zeros + INPUTS_BEGIN + LOAD_BYTES * (eight * plan.columns + column))
+
+    return place_of
+
+
+# --- From rows of x to columns
+
+
+def scatterer(spec: KernelSpec) -> Any:
+    """scatter(weight, plan, x, step, count, work, slab, zeros): the block's share of columns."""
+    threads, eights = spec.threads, spec.unit.inputs // AT_ONCE
+    load, put = pair_loader(spec), pair_putter(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def column_of(begin, own, i):
+        eight = int32(1 if i >= own else 0)
+        return eight, int32(2 * (begin + i - eight * own))
+
+    @cuda.jit(device=True, forceinline=True)
+    def scatter(weight, plan, x, step, count, work, slab, zeros):
+        begin = int32(work.rank * plan.pairs)
+        own = int32(min(plan.pairs, ((weight.columns + 1) >> 1) - begin))
+        i = work.thread
+        while i < eights * own:
+            also = int32(min(i + threads, eights * own - 1))  # to wait for both together
+            eight, column = column_of(begin, own, i)
+            other_eight, other_column = column_of(begin, own, also)
+            words = load(weight, x, step, count, eight, column)
+            others = load(weight, x, step, count, other_eight, other_column)
+            put(weight, plan, slab, eight, column, words, zeros)
+            put(weight, plan, slab, other_eight, other_column, others, zeros)
+            i = int32(i + 2 * threads)
+
+    return scatter
+
+
+def pair_loader(spec: KernelSpec) -> Any:
+    """load(weight, x, step, count, eight, column) -> a word of two columns from each of eight
+    inputs, and where these columns go, two to a word."""
+
+    @cuda.jit(device=True, forceinline=True)
+    def load_input(x, step, count, own, column):
+        if own < count:
+            return load_word(x + np.int64(own) * step + HALF_BYTES * column)
+        return int32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def targets_of(weight, column):
+        if not weight.target:
+            return int32(column | (column + 1) << 16)
+        if column + 1 < weight.columns:
+            return load_int32(weight.target + HALF_BYTES * column)
+        return int32(load_uint16(weight.target + HALF_BYTES * column))
+
+    @cuda.jit(device=True, forceinline=True)
+    def load(weight, x, step, count, eight, column):
+        own = int32(AT_ONCE * eight)
+        return (
+            load_input(x, step, count, own, column),
+            load_input(x, step, count, int32(own + 1), column),
+            load_input(x, step, count, int32(own + 2), column),
+            load_input(x, step, count, int32(own + 3), column),
+            load_input(x, step, count, int32(own + 4), column),
+            load_input(x, step, count, int32(own + 5), column),
+            load_input(x, step, count, int32(own + 6), column),
+            load_input(x, step, count, int32(own + 7), column),
+            targets_of(weight, column),
+        )
+
+    return load
+
+
+def pair_putter(spec: KernelSpec) -> Any:
+    """put(weight, plan, slab, eight, column, words, zeros): what `load` loaded, to x'."""
+    bfloat, put_column = spec.kind == torch.bfloat16, column_putter(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def scaled(half, factor):
+        return float_to_half(bfloat_to_float(half) * factor)
+
+    @cuda.jit(device=True, forceinline=True)
+    def half_pair(one, other, upper, divided):
+        """The lower or the upper half of two inputs' words."""
+        low, high = np.uint16(one >> upper & 0xFFFF), np.uint16(other >> upper & 0xFFFF)
+        if bfloat:
+            low = scaled(low, shared_float(divided))
+            high = scaled(high, shared_float(int32(divided + WORD_BYTES)))
+        return int32(int32(low) | int32(high) << 16)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_half(weight, plan, slab, eight, words, upper, zeros):
+        target = int32(words[8] >> upper & 0xFFFF)
+        divided = int32(zeros + DIVIDED + WORD_BYTES * AT_ONCE * eight)
+        column = (
+            half_pair(words[0], words[1], upper, divided),
+            half_pair(words[2], words[3], upper, int32(divided + 2 * WORD_BYTES)),
+            half_pair(words[4], words[5], upper, int32(divided + 4 * WORD_BYTES)),
+            half_pair(words[6], words[7], upper, int32(divided + 6 * WORD_BYTES)),
+        )
+        put_column(weight, plan, slab, eight, target, column, zeros)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(weight, plan, slab, eight, column, words, zeros):
+        put_half(weight, plan, slab, eight, words, 0, zeros)
+        if column + 1 < weight.columns:
+            put_half(weight, plan, slab, eight, words, 16, zeros)
+
+    return put
+
+
+def column_putter(spec: KernelSpec) -> Any:
+    """put_column(weight, plan, slab, eight, target, words, zeros): to each block that needs it."""
+    ranks, part_of, place_of = spec.ranks, parts_function(spec), place_function(spec)
+    columns_of = columns_function(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_column(weight, plan, slab, eight, target, words, zeros):
+        for rank in range(ranks):
+            first, end = columns_of(weight, part_of(weight, plan, int32(rank), slab))
+            if first <= target and target < end:
+                place = place_of(plan, eight, int32(target - first), zeros)
+                if ranks == 1:
+                    to_shared_load(place, words[0], words[1], words[2], words[3])
+                else:
+                    place = of_rank(place, int32(rank))
+                    to_cluster_load(place, words[0], words[1], words[2], words[3])
+
+    return put_column
+
+
+# --- Sums, and the factors of bf16
+
+
+def summer(spec: KernelSpec) -> Any:
+    """sum_groups(plan, columns, work, zeros): -X of so many columns, two groups at a time."""
+    warps, sum_pair = spec.warps, pair_summer(spec.unit.group_size)
+    pair_columns, eights = 2 * spec.unit.group_size, spec.unit.inputs // AT_ONCE
+    pair_bytes, divide_by_columns = 2 * WORD_BYTES * AT_ONCE, divider(pair_columns)
+
+    @cuda.jit(device=True, forceinline=True)
+    def sum_groups(plan, columns, work, zeros):
+        pairs, most = divide_by_columns(columns), divide_by_columns(plan.columns)
+        pair = work.warp
+        while pair < pairs:
+            for eight in range(eights):
+                place = int32(eight * plan.columns + pair * pair_columns)
+                sums = sum_pair(int32(zeros + INPUTS_BEGIN + LOAD_BYTES * place), work.lane)
+                out = int32(WORD_BYTES * plan.sums + pair_bytes * (eight * most + pair))
+                if work.lane < 4:
+                    put_floats(int32(zeros + out + LOAD_BYTES * work.lane), sums)
+            pair = int32(pair + warps)
+
+    return sum_groups
+
+
+def factor_finder(spec: KernelSpec) -> Any:
+    """find_factors(weight, plan, x, step, count, work, zeros): what to multiply results with.
+
+    A bf16 input is divided by a power of two, that it fits into fp16; of fp16 there is none. All
+    blocks of the cluster must have started.
+    """
+    _, publish, wait = cluster_functions(spec)
+    find_own, inputs, ranks = exponent_finder(spec), spec.unit.inputs, spec.ranks
+
+    @cuda.jit(device=True, forceinline=True)
+    def nothing(weight, plan, x, step, count, work, zeros):
+        pass
+
+    @cuda.jit(device=True, forceinline=True)
+    def find_factors(weight, plan, x, step, count, work, zeros):
+        find_own(weight, plan, x, step, count, work, zeros)
+        publish()
+        wait()
+        if work.thread < inputs:
+            found = int32(1)
+            for rank in range(ranks):
+                place = int32(zeros + WORD_BYTES * (rank * MOST_INPUTS + work.thread))
+                found = int32(max(found, shared_int32(place)))
+            place, exponent = int32(zeros + WORD_BYTES * work.thread), exponent_for(found)
+            to_shared_float(int32(place + FACTORS), power_of_two(exponent))
+            to_shared_float(int32(place + DIVIDED), power_of_two(int32(-exponent)))
+        cuda.syncthreads()
+
+    return find_factors if spec.kind == torch.bfloat16 else nothing
+
+
+def exponent_finder(spec: KernelSpec) -> Any:
+    """find_own(...): the largest exponents in the block's columns of each input, a warp for an
+    input, to all blocks of the cluster."""
+    warps, inputs, ranks = spec.warps, spec.unit.inputs, spec.ranks
+
+    @cuda.jit(device=True, forceinline=True)
+    def largest(weight, plan, x, work):
+        pair, found = int32(work.rank * plan.pairs + work.lane), int32(1)
+        end = int32(min((work.rank + 1) * plan.pairs, (weight.columns + 1) >> 1))
+        while pair < end:
+            word = load_word(x + WORD_BYTES * pair)
+            if 2 * pair + 1 == weight.columns:
+                word = int32(word & 0xFFFF)
+            found = larger_exponent(found, word)
+            pair = int32(pair + LANES)
+        for distance in (16, 8, 4, 2, 1):
+            found = int32(max(found, int32(cuda.shfl_xor_sync(ALL_LANES, found, distance))))
+        return found
+
+    @cuda.jit(device=True, forceinline=True)
+    def find_own(weight, plan, x, step, count, work, zeros):
+        own = work.warp
+        while own < inputs:
+            found = int32(1)
+            if own < count:
+                found = largest(weight, plan, x + np.int64(own) * step, work)
+            place = int32(zeros + WORD_BYTES * (work.rank * MOST_INPUTS + own))
+            if work.lane < ranks:
+                if ranks == 1:
+                    to_shared_int32(place, found)
+                else:
+                    to_cluster_int32(of_rank(place, work.lane), found)
+            own = int32(own + warps)
+
+    return find_own
