@@ -13,7 +13,7 @@ from ._options import calibration_options, config_from, config_options, device_o
 
 if TYPE_CHECKING:
     from spqr_numba.config import SpqrConfig
-    from spqr_numba.model.report import CompressionReport, LayerRow
+    from spqr_numba.model.report import CompressionReport, LayerRow, TunedRow
 
 __all__ = ["compress"]
 
@@ -30,6 +30,14 @@ __all__ = ["compress"]
     metavar="STEPS",
     help="Train statistics, outliers and norms of each compressed block for so many steps, towards"
     " the output of the dense block.  [default: 0]",
+)
+@click.option(
+    "--tune-model",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEPS",
+    help="Train them in all blocks together for so many steps, towards what the dense model"
+    " predicts.  [default: 0]",
 )
 @device_option
 @click.option(
@@ -100,6 +108,7 @@ def _show(report: CompressionReport, target_bits: float | None) -> None:
         ),
         ("outliers", f"{report.outlier_share:.2%}"),
         *([("tuning", _tuning(report))] if report.tuned else []),
+        *([("tuning the model", _model_tuning(report.model))] if report.model else []),
         ("folder", f"{report.out} ({format_bytes(report.bytes)})"),
         ("seconds", ", ".join(f"{name} {s:.1f}" for name, s in report.seconds.items())),
     ]
@@ -116,6 +125,14 @@ def _tuning(report: CompressionReport) -> str:
     better = [row for row in report.tuned if row.steps]
     left = sum(row.error_after / row.error_before for row in better) / max(len(better), 1)
     return f"{len(better)} of {len(report.tuned)} blocks, {left:.1%} of their output error left"
+
+
+def _model_tuning(row: TunedRow) -> str:
+    """What it did to the model's predictions, in a line."""
+    return (
+        f"{row.error_after:.4f} of {row.error_before:.4f} nats a token from the dense model's"
+        " predictions left"
+    )
 
 
 def _choices(layers: list[LayerRow]) -> list[dict[str, Cell]]:

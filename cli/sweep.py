@@ -71,6 +71,14 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     help="As for `spqr compress`; several make a point each. Rounding to nearest is not tuned.",
 )
 @click.option(
+    "--tune-model",
+    type=Several(click.IntRange(min=0)),
+    metavar="STEPS,...",
+    default="0",
+    show_default=True,
+    help="The same.",
+)
+@click.option(
     "--target-bits",
     type=Several(click.FLOAT),
     metavar="BITS,...",

@@ -44,6 +44,7 @@ class SweepPoint:
     name            of the setting; DENSE for the model as it was
     seed            of the choice of calibration windows; None where nothing is calibrated
     tune            steps of training each block (`compress`)
+    tune_model      the same of all blocks together
     config          every field of the setting; None for the dense model
     bits            bits a weight of the compressed linears, from the bytes of their buffers
     outlier_share   outliers a weight
@@ -63,6 +64,7 @@ class SweepPoint:
     perplexity: dict[str, float]
     target_bits: float | None = None
     per_layer: bool = False
+    tune_model: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -162,7 +164,7 @@ def summaries(points: Iterable[SweepPoint], text: str) -> list[SettingSummary]:
     """Every setting among `points` on one text, in their order: all seeds of what was set alike."""
     seeds: dict[str, list[SweepPoint]] = {}
     for point in points:
-        setting = point.config, point.tune, point.target_bits, point.per_layer
+        setting = point.config, point.tune, point.tune_model, point.target_bits, point.per_layer
         seeds.setdefault(json.dumps(setting, sort_keys=True), []).append(point)
     return [_summarize(group[0].name, group, text) for group in seeds.values()]
 
@@ -213,6 +215,7 @@ def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
         "setting": point.name,
         "seed": point.seed,
         "tune": point.tune,
+        "tune_model": point.tune_model,
         "target_bits": point.target_bits,
         "per_layer": point.per_layer,
         "bits": point.bits,

@@ -47,6 +47,7 @@ from .points import DENSE, SweepFolder, SweepPoint
 __all__ = ["sweep"]
 
 DENSE_BITS = 16.0
+KEYWORDS = ("tune", "tune_model", "target_bits", "per_layer")
 STEPS = 100  # of a progress bar for each point: half of them compress it, half measure it
 
 
@@ -58,6 +59,7 @@ def sweep(
     *,
     seeds: Sequence[int] = (0,),
     tune: Sequence[int] = (0,),
+    tune_model: Sequence[int] = (0,),
     targets: Sequence[Target] = (),
     dataset: str | None = None,
     nsamples: int = 128,
@@ -74,6 +76,7 @@ def sweep(
     out        folder that keeps the points; those that it holds are not made again
     seeds      of the choice of calibration windows
     tune       steps of training each block: a point for each, where anything is calibrated
+    tune_model   the same of training all blocks together
     targets    bits to come to: settings that keep outliers make a point for each, and none else
     dataset, nsamples, seqlen, device   as for `compress`
     dense      measure the dense model too, which must fit in memory whole then
@@ -84,7 +87,7 @@ def sweep(
     NumericsError names the setting.
     """
     source = open_source(model)
-    runs = _runs(settings, seeds, tune, targets, dense)
+    runs = _runs(settings, seeds, list(product(tune, tune_model)), targets, dense)
     _check(source, runs)
     tokens = load_tokens(dataset, source.tokenizer())
     calibration: dict[str, Any] = {
@@ -109,6 +112,7 @@ class Run:
     config: SpqrConfig | None = None
     seed: int | None = None
     tune: int = 0
+    tune_model: int = 0
     target: Target | None = None
 
     @property
@@ -118,6 +122,7 @@ class Run:
             "config": None if self.config is None else self.config.to_dict(),
             "seed": self.seed,
             "tune": self.tune,
+            "tune_model": self.tune_model,
             "target_bits": self.target and self.target.bits,
             "per_layer": self.target is not None and self.target.per_layer,
         }
@@ -125,14 +130,13 @@ class Run:
     @property
     def keywords(self) -> dict[str, Any]:
         """Those of `compress` in which runs differ."""
-        return {name: self.fields[name] for name in ("tune", "target_bits", "per_layer")} | {
-            "seed": self.seed or 0
-        }
+        return {name: self.fields[name] for name in KEYWORDS} | {"seed": self.seed or 0}
 
     @property
     def surveyed(self) -> str:
         """The same for runs in which the options of all layers are worth the same."""
-        return json.dumps({**self.fields, "tune": self.tune > 0, "target_bits": None})
+        same = {"tune": self.tune > 0, "tune_model": 0, "target_bits": None}
+        return json.dumps({**self.fields, **same})
 
     @property
     def label(self) -> str:
@@ -195,7 +199,9 @@ class Sweep:
     def _dense(self, run: Run, place: str) -> SweepPoint:
         Half(self.progress, place, 1).update()  # nothing to compress
         perplexity = self._measure(self.source, place)
-        return SweepPoint(run.name, None, 0, None, DENSE_BITS, 0.0, 0.0, perplexity)
+        return SweepPoint(
+            run.name, None, 0, None, DENSE_BITS, outlier_share=0, seconds=0, perplexity=perplexity
+        )
 
     def _compressed(self, run: Run, place: str) -> SweepPoint:
         """Compress and measure."""
@@ -302,7 +308,7 @@ def _digest(tokens: torch.Tensor) -> str:
 def _runs(
     settings: Mapping[str, SpqrConfig],
     seeds: Sequence[int],
-    tune: Sequence[int],
+    tunings: Sequence[tuple[int, int]],
     targets: Sequence[Target],
     dense: bool,
 ) -> list[Run]:
@@ -311,21 +317,30 @@ def _runs(
     for name, config in settings.items():
         aims = targets if targets and config.outlier_threshold is not None else [None]
         calibrated = _calibrates(config)
-        for variant in product(aims, tune, seeds) if calibrated else [(None, 0, None)]:
+        for variant in product(aims, tunings, seeds) if calibrated else [(None, (0, 0), None)]:
             run = _run(name, config, *variant)
             if not any(replace(run, name=other.name) == other for other in runs):
                 runs.append(run)
     return runs
 
 
-def _run(name: str, config: SpqrConfig, target: Target | None, tune: int, seed: int | None) -> Run:
+def _run(
+    name: str,
+    config: SpqrConfig,
+    target: Target | None,
+    tunings: tuple[int, int],
+    seed: int | None,
+) -> Run:
     """Its name says all but the seed."""
+    tune, tune_model = tunings
     words = [name]
     if target is not None:
         words.append(f"target {target.bits:g} bits" + " per layer" * target.per_layer)
     if tune:
         words.append(f"tune {tune}")
-    return Run(", ".join(words), config, seed, tune, target)
+    if tune_model:
+        words.append(f"tune model {tune_model}")
+    return Run(", ".join(words), config, seed, tune, tune_model, target)
 
 
 def _calibrates(config: SpqrConfig) -> bool:

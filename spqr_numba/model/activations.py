@@ -7,13 +7,14 @@ recorder, which keeps its arguments and hands the hidden states on to the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..errors import ModelError
 
@@ -40,6 +41,11 @@ class BlockCall:
 
     args: tuple
     kwargs: dict[str, Any]
+
+    def of(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        """What `block` makes of hidden states."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 class Activations:
@@ -161,10 +167,8 @@ class Activations:
 
     def run(self, block: nn.Module, index: int, batch: torch.Tensor) -> torch.Tensor:
         """What block `index` makes of hidden states [B, L, d]; `calls` knows B windows."""
-        call = self.calls[len(batch)][index]
         batch = batch.to(next(block.parameters()).device, non_blocking=True)
-        output = block(batch, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self.calls[len(batch)][index].of(block, batch)
 
 
 def embed(model: nn.Module, first_block: nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -181,19 +185,25 @@ def embed(model: nn.Module, first_block: nn.Module, windows: torch.Tensor) -> to
 
 
 def logits(
-    model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, hidden: torch.Tensor
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    windows: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The logits [B, L, vocabulary] that a model makes of its last block's output [B, L, d].
 
-    windows are the tokens [B, L]. Everything outside the blocks must be loaded. Raises ModelError
-    where hidden states do not go straight from the blocks to the head.
+    windows are the tokens [B, L], weights name -> parameter to be used in place of the model's own.
+    Everything outside the blocks must be loaded. Raises ModelError where hidden states do not go
+    straight from the blocks to the head.
     """
     failure: Exception | None = None
+    arguments = {"input_ids": windows, "use_cache": False}
     for returns in RETURNS:
         made = returns(hidden)
         try:
             with _replaced(blocks, [lambda *_, made=made, **__: made] * len(blocks)):
-                return model(input_ids=windows, use_cache=False).logits
+                return functional_call(model, dict(weights or {}), (), arguments).logits
         except RECORDING_ERRORS as error:
             failure = error  # the model may unpack something else than `returns` gives
     raise ModelError(f"{type(model).__name__} makes no logits of its blocks' output") from failure

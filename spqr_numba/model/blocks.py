@@ -28,6 +28,7 @@ __all__ = [
     "find_linears",
     "find_norms",
     "input_groups",
+    "outer_norms",
     "plan",
 ]
 
@@ -115,13 +116,21 @@ def find_norms(model: nn.Module, blocks: Blocks) -> list[str]:
     A norm is what has a weight with one dimension. Those that share their weight with another
     module are left out: a change would be one of both.
     """
+    return [name for name in _all_norms(model) if name.startswith(f"{blocks.path}.")]
+
+
+def outer_norms(model: nn.Module, blocks: Blocks) -> list[str]:
+    """The same of those outside the blocks."""
+    return [name for name in _all_norms(model) if not name.startswith(f"{blocks.path}.")]
+
+
+def _all_norms(model: nn.Module) -> list[str]:
     named = list(model.named_parameters(remove_duplicate=False))
     uses = Counter(id(parameter) for _, parameter in named)
     return [
         name
         for name, parameter in named
-        if name.startswith(f"{blocks.path}.") and name.endswith(".weight")
-        if parameter.ndim == 1 and uses[id(parameter)] == 1
+        if name.endswith(".weight") and parameter.ndim == 1 and uses[id(parameter)] == 1
     ]
 
 

@@ -7,6 +7,8 @@ on behind the last one. When all is written, the folder gets its config and is r
     progress.json              fingerprint of the run; its presence marks the folder as unfinished
     model-00001-of-00003...    shards, each renamed into place when whole
     hidden-00001.safetensors   hidden states that block 1 gets; the one before is deleted
+    tuned.safetensors          what tuning the whole model changed; then each shard gets its part of
+                               it, and again, if the run was killed meanwhile
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import CheckpointError
 from .source import CONFIG_FILE, INDEX_FILE
 
-__all__ = ["CheckpointWriter", "WriteBehind"]
+__all__ = ["CheckpointWriter", "WriteBehind", "amended", "check_free"]
 
 PROGRESS_FILE = "progress.json"
 HIDDEN = "hidden"
@@ -58,6 +60,7 @@ class CheckpointWriter:
         self.partial = out.with_name(f"{out.name}.partial")
         self._blocks = blocks
         self._shards = blocks + 1
+        self._kept: set[str] = set()
         with self._reported("make the folder"):
             self.finished_blocks = self._resume(fingerprint)
 
@@ -74,6 +77,28 @@ class CheckpointWriter:
         self._write(self._shard_path(index), tensors)
         self._hidden_path(index).unlink(missing_ok=True)
         self.finished_blocks = index + 1
+
+    def read_block(self, index: int) -> dict[str, torch.Tensor]:
+        """What `write_block` or `amend_block` wrote."""
+        return load_file(self._shard_path(index))
+
+    def amend_block(self, index: int, changes: Mapping[str, torch.Tensor]) -> None:
+        """Put what belongs into the shard of block `index` of `changes` there."""
+        self._write(self._shard_path(index), amended(self.read_block(index), changes))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a name of their own, until the model is finished."""
+        self._kept.add(name)
+        self._write(self._kept_path(name), tensors)
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What `write_tensors` wrote, in this run or the one that it continues."""
+        self._kept.add(name)
+        return load_file(self._kept_path(name))
+
+    def holds(self, name: str) -> bool:
+        """Whether `write_tensors` was there with this name."""
+        return self._kept_path(name).is_file()
 
     def write_rest(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the shard of everything outside the blocks."""
@@ -108,6 +133,8 @@ class CheckpointWriter:
         self.write_text(INDEX_FILE, json.dumps(self._index(), indent=2) + "\n")
         self.write_text(CONFIG_FILE, config)
         self._hidden_path(self._blocks).unlink(missing_ok=True)
+        for name in self._kept:
+            self._kept_path(name).unlink(missing_ok=True)
         with self._reported("finish"):
             for path in self.partial.iterdir():
                 _sync(path)
@@ -148,6 +175,9 @@ class CheckpointWriter:
 
     def _hidden_path(self, index: int) -> Path:
         return self.partial / f"hidden-{index:05d}.safetensors"
+
+    def _kept_path(self, name: str) -> Path:
+        return self.partial / f"{name}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], *, wait: bool = True) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -205,6 +235,13 @@ class WriteBehind:
     def close(self) -> None:
         """End the thread, when it has written what it was given."""
         self._thread.shutdown()
+
+
+def amended(
+    tensors: Mapping[str, torch.Tensor], changes: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`tensors`, those of `changes` in their places."""
+    return {name: changes.get(name, tensor) for name, tensor in tensors.items()}
 
 
 def check_free(out: Path, overwrite: bool) -> None:

@@ -9,6 +9,7 @@
         (with tuning: train what is no code; see tuning.py)
         pass 2: run all windows again: what the next block gets
         write the block
+    (with tuning of the model: train what is no code in all blocks together; see model_tuning.py)
     write the rest as it is
 
 Only the hidden states and one block are in memory; for a GPU, the next block is read and the one
@@ -41,11 +42,13 @@ from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
 from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
 from .calibration import load_tokens, sample_windows, sample_windows_apart, window_length
-from .checkpoint import CheckpointWriter, WriteBehind, check_free
+from .checkpoint import CheckpointWriter, WriteBehind, amended, check_free
+from .model_tuning import ModelTuner, model_tuning
 from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
 from .report import (
     LAYERS_FILE,
+    MODEL_TUNING_FILE,
     TUNING_FILE,
     Clock,
     CompressionReport,
@@ -58,12 +61,14 @@ from .report import (
 from .skeleton import Parts, ReadAhead, build_skeleton, load, move_buffers, release, stored_names
 from .source import Source, open_source
 from .survey import check_target, survey
-from .tuning import BlockTuner, Tuning
+from .training import Tuning
+from .tuning import BlockTuner
 
 __all__ = ["CURVES_FILE", "Progress", "compress"]
 
 BATCH_TOKENS = 4096
 CURVES_FILE = "curves.csv"
+TUNED_MODEL = "tuned"
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +95,7 @@ def compress(
     seqlen: int | None = None,
     seed: int = 0,
     tune: int = 0,
+    tune_model: int = 0,
     overwrite: bool = False,
     batch_size: int | None = None,
     target_bits: float | None = None,
@@ -109,6 +115,7 @@ def compress(
     seqlen       tokens a window; None is the model's context, 2048 at most
     seed         of the choice of windows, and of their order where they are trained on
     tune         steps of training each block once it is quantized (tuning.py); 0 for none
+    tune_model   steps of training all blocks together behind that (model_tuning.py); 0 for none
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
     target_bits  choose each layer's outlier_threshold so that the whole comes to so many bits a
@@ -136,7 +143,9 @@ def compress(
         check_dense(source.config)
         check_causal(source.config)
         tuning = Tuning(tune, nsamples, seed) if tune else None
-        job = Compression(source, config, torch.device(device), clock, tuning, target, curves)
+        job = Compression(
+            source, config, torch.device(device), clock, tuning, target, curves, tune_model
+        )
         tokenizer = source.tokenizer()
         if job.calibrates:
             tokens = (
@@ -161,6 +170,7 @@ class Compression:
         tuning: Tuning | None = None,
         target: Target | None = None,
         curves: Curves | None = None,
+        tune_model: int = 0,
     ) -> None:
         """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
         self.source, self.config, self.device, self.clock = source, config, device, clock
@@ -176,15 +186,17 @@ class Compression:
             raise ConfigError("the curves are not of the layers that these settings compress")
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
-        self.tuning = tuning
+        self.tuning, self.tune_model = tuning, tune_model
         self.norms = find_norms(self.model, self.blocks)
         hessians = any(chosen.use_hessian for chosen in self.settings.values())
-        self.calibrates = hessians or tuning is not None
+        self.calibrates = hessians or tuning is not None or tune_model > 0
         self.weights = ReadAhead(source.weights(self.model), ahead=device.type == "cuda")
         self.names = stored_names(self.model)
         self.windows: torch.Tensor | None = None
         self.batch_size = 0
         self.offload = False
+        self.model_tuning: Tuning | None = None
+        self.model_windows: torch.Tensor | None = None
 
     def _weights(self) -> int:
         """Number of weights to compress."""
@@ -214,6 +226,16 @@ class Compression:
             )
         self.windows = self._draw_windows(tokens, nsamples, length, seed)
         self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
+        if self.tune_model:
+            self._draw_model_windows(tokens, length, seed)
+
+    def _draw_model_windows(self, tokens: torch.Tensor, length: int, seed: int) -> None:
+        """What the whole model is tuned on: the more text the better, and so new windows."""
+        self.model_tuning = model_tuning(
+            self.tune_model, self.batch_size, seed, text=len(tokens) // length, length=length
+        )
+        trained, held_back = self.model_tuning.trained, self.model_tuning.held_back
+        self.model_windows = sample_windows_apart(tokens, trained, held_back, length, seed)
 
     def _draw_windows(
         self, tokens: torch.Tensor, nsamples: int, length: int, seed: int
@@ -226,14 +248,18 @@ class Compression:
 
     def activations_crowd(self) -> bool:
         """Whether all hidden states would leave a GPU too little memory for the work on a block."""
-        if self.device.type != "cuda" or self.windows is None:
+        # Beside them those of the dense model, or what a block gave while it was dense.
+        paths = 2 if self.config.asymmetric or self.tuning is not None else 1
+        return self._states_crowd(self.windows, paths)
+
+    def _states_crowd(self, windows: torch.Tensor | None, paths: int) -> bool:
+        """Whether so many hidden states of each token of `windows` would."""
+        if self.device.type != "cuda" or windows is None:
             return False
         width = self.source.config.get_text_config().hidden_size
         linears = [self.model.get_submodule(name) for name in self.settings]
-        # Beside them those of the dense model, or what a block gave while it was dense.
-        paths = 2 if self.config.asymmetric or self.tuning is not None else 1
         return states_crowd(
-            states=paths * self.windows.numel() * width * self.dtype.itemsize,
+            states=paths * windows.numel() * width * self.dtype.itemsize,
             largest=max(i * (i + o) for i, o in ((x.in_features, x.out_features) for x in linears)),
             block=sum(tensor.nbytes for tensor in self.blocks.modules[0].parameters()),
             free=torch.cuda.mem_get_info(self.device)[0],
@@ -260,6 +286,7 @@ class Compression:
             "batch_size": self.batch_size,
             "device": self.device.type,
             "tuning": None if self.tuning is None else asdict(self.tuning),
+            "model_tuning": None if self.model_tuning is None else asdict(self.model_tuning),
             "target": None if self.target is None else asdict(self.target),
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -280,8 +307,42 @@ class Compression:
             progress.update(1)
         with self.clock("write"):
             self.behind.wait()
-            self._write_rest()
+        tuned = self._tune_model(progress)
+        with self.clock("write"):
+            self._write_rest(tuned)
         return self._report()
+
+    def _tune_model(self, progress: Progress) -> dict[str, torch.Tensor]:
+        """Tune all blocks together, and their shards get what came of it.
+
+        Full name -> tensor, of what was tuned. It is written before the shards are, so that a run
+        that is killed among them knows what the others are to get.
+        """
+        if self.model_tuning is None or self.model_windows is None:
+            return {}
+        if not self.writer.holds(TUNED_MODEL):
+            with self.clock("tune"):
+                tensors, row = self._model_tuner(progress).tune(self.writer.read_block)
+            self.writer.write_text(MODEL_TUNING_FILE, rows_to_csv([row]))
+            self.writer.write_tensors(TUNED_MODEL, tensors)
+        tuned = self.writer.read_tensors(TUNED_MODEL)
+        with self.clock("write"):
+            for index in range(len(self.blocks)):
+                self.writer.amend_block(index, tuned)
+        return tuned
+
+    def _model_tuner(self, progress: Progress) -> ModelTuner:
+        assert self.model_tuning is not None
+        assert self.model_windows is not None
+        return ModelTuner(
+            Parts(self.model, self.blocks, self.weights, self.device, self.dtype),
+            self.settings,
+            self.model_windows,
+            self.batch_size,
+            self.model_tuning,
+            progress.set_postfix_str,
+            offload=self.offload or self._states_crowd(self.model_windows, paths=1),
+        )
 
     def _start_ration(self, progress: Progress) -> Ration | None:
         """What the unfinished layers share; None where there is no target."""
@@ -412,10 +473,11 @@ class Compression:
         compressed = {f"{layer}.weight" for layer in results}
         return tensors | self._read(name for name in stored if name not in compressed)
 
-    def _write_rest(self) -> None:
+    def _write_rest(self, tuned: Mapping[str, torch.Tensor]) -> None:
+        """What is outside the blocks, some of it `tuned`."""
         from .quantizer import SpqrQuantizationConfig
 
-        self.writer.write_rest(self._read(self._rest()))
+        self.writer.write_rest(amended(self._read(self._rest()), tuned))
         self.source.write_companions(self.writer.partial)
         config = deepcopy(self.source.config)
         config.architectures = [type(self.model).__name__]
@@ -466,7 +528,11 @@ class Compression:
     def _report(self) -> CompressionReport:
         out = self.writer.out
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return CompressionReport(out, self.rows, dict(self.clock.seconds), size, self.tuned)
+        seconds = dict(self.clock.seconds)
+        path = out / MODEL_TUNING_FILE
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        model = next(iter(read_rows(text, TunedRow)), None)
+        return CompressionReport(out, self.rows, seconds, size, self.tuned, model)
 
 
 class _Silent:

@@ -20,6 +20,7 @@ from ..format.layout import UNQUANTIZED_BITS, MatrixSpec, index_dtype
 
 __all__ = [
     "LAYERS_FILE",
+    "MODEL_TUNING_FILE",
     "TUNING_FILE",
     "Clock",
     "CompressionReport",
@@ -32,6 +33,7 @@ __all__ = [
 
 LAYERS_FILE = "layers.csv"
 TUNING_FILE = "tuning.csv"
+MODEL_TUNING_FILE = "model_tuning.csv"
 SECOND_LEVEL_BITS = 2 * 16  # the scale and the zero of a statistic's codes
 OUTLIER_VALUE_BITS = 16
 ROW_OFFSET_BITS = 32
@@ -107,9 +109,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class TunedRow:
-    """One tuned block, as a line of tuning.csv.
+    """One tuned block, as a line of tuning.csv; or a whole model, as that of model_tuning.csv.
 
-    block           full module name
+    block           full module name; "model" for the whole, whose error is the Kullback-Leibler
+                    divergence from the dense model's predictions, in nats a token
     error_before    mean over tokens of the squared error of its output over the square of the dense
                     block's, on windows that are held back from the training; before it
     error_after     the same after; equal where the block was left as it was
@@ -137,6 +140,7 @@ class CompressionReport:
               write (of this run only, where it continued another)
     bytes     of all files in the folder
     tuned     a row a tuned block, none without tuning; the losses in `layers` are those before it
+    model     how tuning the whole model went, None without that
     """
 
     out: Path
@@ -144,6 +148,7 @@ class CompressionReport:
     seconds: dict[str, float]
     bytes: int
     tuned: list[TunedRow] = field(default_factory=list)
+    model: TunedRow | None = None
 
     @property
     def bits(self) -> float:
@@ -171,6 +176,7 @@ class CompressionReport:
             "seconds": self.seconds,
             "layers": [asdict(row) for row in self.layers],
             "tuned": [asdict(row) for row in self.tuned],
+            "model": self.model and asdict(self.model),
         }
 
     def _average(self, column: str) -> float:

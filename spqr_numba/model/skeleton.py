@@ -7,7 +7,7 @@ start, because the model's own code computes them when it is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ModelError, NumericsError
 from .blocks import Blocks
 
 __all__ = [
+    "InMemory",
     "Parts",
     "ReadAhead",
     "Weights",
@@ -76,6 +77,20 @@ class ReadAhead:
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
+class InMemory:
+    """Weights that have been read already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`."""
+        return self._tensors[name]
+
+
 class Parts:
     """A model whose parts have their weights only while they are in use.
 
@@ -88,6 +103,10 @@ class Parts:
     ) -> None:
         self.model, self.blocks, self.device, self.dtype = model, blocks, device, dtype
         self._weights, self._names = weights, stored_names(model)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` as the checkpoint has it, on the CPU. Raises CheckpointError."""
+        return self._weights.read(name)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

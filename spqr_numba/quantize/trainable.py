@@ -40,6 +40,20 @@ class _Replaced(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Reordered(torch.autograd.Function):
+    """Rows of a matrix in another order, backward in the first: for a GPU, which would add up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradients[0].index_select(0, order.argsort()), None
+
+
 def rounded(value: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """fp32 numbers as `dtype` holds them, still fp32; straight through."""
     return _Replaced.apply(value, value.detach().to(dtype).float())
@@ -174,7 +188,7 @@ class TrainableMatrix(nn.Module):
         if self.outliers is not None:
             columns = columns.flatten().index_add(0, self.positions, self.outliers())
             columns = columns.unflatten(0, (-1, spec.out_features))
-        return columns.index_select(0, self.columns).T
+        return _Reordered.apply(columns, self.columns).T
 
     @torch.no_grad()
     def stored(self) -> SpqrMatrix:

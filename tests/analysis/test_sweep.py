@@ -96,6 +96,21 @@ def test_each_seed_and_tuning_makes_a_point_where_something_is_calibrated(
     assert points[0].perplexity != points[1].perplexity
 
 
+def test_each_tuning_of_the_model_makes_a_point(
+    dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
+) -> None:
+    points = list(
+        sweep(dense, SETTINGS, texts, tmp_path, tune=[1], tune_model=[0, 2], dense=False, **quick)
+    )
+    names = ["paper, tune 1", "paper, tune 1, tune model 2", "RTN"]
+    assert [point.name for point in points] == names
+    assert [point.tune_model for point in points] == [0, 2, 0]
+    compress(dense, tmp_path / "tuned", SETTINGS["paper"], tune=1, tune_model=2, **quick)
+    tuned = measure(load_model(str(tmp_path / "tuned"))[0], texts)
+    assert points[1].perplexity == tuned.perplexity
+    assert points[1].bits == points[0].bits
+
+
 def test_each_target_makes_a_point_where_outliers_are_kept_and_one_survey_serves_all(
     dense: str,
     texts: dict[str, torch.Tensor],

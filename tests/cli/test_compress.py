@@ -88,6 +88,19 @@ def test_tuning_is_said_and_shown(run: Run, dense: Path, text: Path, tmp_path: P
     assert [row["block"] for row in as_json["tuned"]] == ["model.layers.0", "model.layers.1"]
 
 
+def test_tuning_the_model_is_said_and_shown(
+    run: Run, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    line = f"compress {dense} {tmp_path / 'out'} --dataset {text} --nsamples 8 --seqlen 32"
+    result = run(f"{line} --tune-model 2")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"tuning the model +0\.\d{4} of 0\.\d{4} nats a token from", result.stdout)
+    assert "model.layers.1, dense" in result.stderr
+    assert "tuning step 2 of 2, " in result.stderr
+    as_json = json.loads(run(f"{line} --tune-model 1 --overwrite --json").stdout)
+    assert as_json["model"]["block"] == "model"
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

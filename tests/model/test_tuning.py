@@ -177,7 +177,7 @@ def test_gradients_beyond_any_scale_end_it(
     scales: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(dtype=torch.float16)
-    errors = case.tuner._errors
+    errors = case.tuner.errors
 
     def steep(*arguments: Any) -> Iterator[torch.Tensor]:
         for error in errors(*arguments):
@@ -185,7 +185,7 @@ def test_gradients_beyond_any_scale_end_it(
                 error.register_hook(lambda gradient: gradient * float("inf"))
             yield error
 
-    monkeypatch.setattr(case.tuner, "_errors", steep)
+    monkeypatch.setattr(case.tuner, "errors", steep)
     assert case.tune().row.steps == 0
     assert len(case.said) == 3
     assert scales[16:] == [0.5, 0.25, 0.125]
@@ -259,16 +259,16 @@ def test_the_seed_is_of_the_order_of_windows() -> None:
 def test_every_window_is_trained_on_before_any_comes_again() -> None:
     tuning = Tuning(steps=6, windows=16)
     assert tuning.trained == 14
-    batches = list(tuning.batches(4, block=0))
+    batches = list(tuning.batches(4, part=0))
     assert [len(batch) for batch in batches] == [4] * 6
     windows = list(chain(*batches))
     assert sorted(windows[:14]) == list(range(14))
     assert len(set(windows[14:])) == 10
-    assert batches != list(tuning.batches(4, block=1))
+    assert batches != list(tuning.batches(4, part=1))
 
 
 def test_no_batch_is_larger_than_the_training_set() -> None:
-    for batch in Tuning(steps=5, windows=8).batches(8, block=0):
+    for batch in Tuning(steps=5, windows=8).batches(8, part=0):
         assert sorted(batch) == list(range(7))
 
 
