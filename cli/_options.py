@@ -49,6 +49,7 @@ NEAREST = {
     "fit": "min-max",
     "true_sequential": False,
     "asymmetric": False,
+    "token_weights": False,
 }
 
 
@@ -313,6 +314,13 @@ SWITCHES = [
         click.BOOL,
         "Aim at the dense model's outputs, so that later linears mend what earlier ones lost; best"
         " with --true-sequential.",
+    ),
+    Setting(
+        "token_weights",
+        ("--token-weights",),
+        click.BOOL,
+        "Weigh calibration tokens by what the model's loss feels of an error in each: a backward"
+        " pass before all else.",
     ),
     Setting("round_zero", ("--round-zero",), click.BOOL, "Round zeros to integers."),
 ]

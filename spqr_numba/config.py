@@ -19,9 +19,10 @@ STATISTICS_BITS = (2, 3, 4, 16)
 PERMUTATIONS = ("act-order", "identity", "spearman")
 FITS = ("min-max", "joint")
 OUTLIER_SEARCHES = ("leave-one-out", "simplified")
-SWITCHES = ("round_zero", "use_hessian", "true_sequential", "asymmetric")
+CALIBRATION_SWITCHES = ("true_sequential", "asymmetric", "token_weights")
+SWITCHES = ("round_zero", "use_hessian", *CALIBRATION_SWITCHES)
 FACTORIZATION_FALLBACKS = ("error", "round-to-nearest")
-MODEL_LEVEL_FIELDS = ("skip", "overrides", "true_sequential", "asymmetric")
+MODEL_LEVEL_FIELDS = ("skip", "overrides", *CALIBRATION_SWITCHES)
 SECOND_LEVEL_BITS = 16
 OUTLIER_BITS = 32
 
@@ -54,6 +55,8 @@ class SpqrConfig:
                          calibrated on the outputs of the ones before
     asymmetric           aim at what each linear returns in the dense model, where its inputs are
                          others; pays with true_sequential, which shows it a block's own errors
+    token_weights        weigh calibration tokens, for each linear, by what the model's loss feels
+                         of an error there: the square of its gradient
     on_failed_factorization  what to do with a Hessian that no damping makes positive definite
     skip                 regular expressions of module names to leave as they are
     overrides            (regular expression, {field: value}) pairs; the first match wins
@@ -75,6 +78,7 @@ class SpqrConfig:
     use_hessian: bool = True
     true_sequential: bool = False
     asymmetric: bool = False
+    token_weights: bool = False
     on_failed_factorization: str = "error"
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, Any]], ...] = ()
@@ -169,8 +173,8 @@ class SpqrConfig:
 
     def _overridden(self, values: Mapping[str, Any]) -> SpqrConfig:
         """These settings for one module, to which what is one for all does not apply."""
-        alike = replace(self, overrides=(), true_sequential=False, asymmetric=False)
-        return replace(alike, **values)
+        alike: dict[str, Any] = dict.fromkeys(CALIBRATION_SWITCHES, False)
+        return replace(self, overrides=(), **alike | dict(values))
 
     def _check_ranges(self) -> None:
         self._check_member("bits", tuple(range(2, 9)))
@@ -222,7 +226,7 @@ class SpqrConfig:
                 "act-order sorts by the Hessian's diagonal: rounding to nearest"
                 " (use_hessian=False) needs permutation='identity' or 'spearman'"
             )
-        for name in ("true_sequential", "asymmetric"):
+        for name in CALIBRATION_SWITCHES:
             if getattr(self, name):
                 raise ConfigError(f"{name} calibrates, and use_hessian=False does not")
 

@@ -35,6 +35,7 @@ PARTS = (
     ("round_zero",),
     ("true_sequential",),
     ("asymmetric",),
+    ("token_weights",),
 )
 """What an ablation changes at once: fields that one decides together."""
 

@@ -57,6 +57,7 @@ class Activations:
                  [2, windows, L, d]
     batch_size   windows run at once
     calls        number of windows -> the arguments of each block for a batch of so many
+    running      the windows that `run_all` and `run_pairs` are at
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Activations:
         self.dense: torch.Tensor | None = None if alone else states[1]
         self.batch_size = batch_size
         self.calls = calls
+        self.running = slice(0)
 
     @classmethod
     def start(
@@ -119,7 +121,7 @@ class Activations:
 
     def run_all(self, block: nn.Module, index: int) -> None:
         """Run block `index` on every window, for what its hooks see; any may stop a batch."""
-        for batch in self.states.split(self.batch_size):
+        for batch in self._batches(self.states):
             with suppress(StopForward):
                 self.run(block, index, batch)
 
@@ -136,14 +138,20 @@ class Activations:
         With `advance`, what the block makes of the dense states replaces them.
         """
         assert self.dense is not None
-        batches = zip(*(x.split(self.batch_size) for x in (self.dense, self.states)), strict=True)
-        for dense, batch in batches:
+        dense_batches = self.dense.split(self.batch_size)
+        for dense, batch in zip(dense_batches, self._batches(self.states), strict=True):
             with suppress(StopForward), as_dense():
                 output = self.run(block, index, dense)
                 if advance:
                     dense.copy_(output)
             with suppress(StopForward):
                 self.run(block, index, batch)
+
+    def _batches(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The states, batch by batch."""
+        for start in range(0, len(states), self.batch_size):
+            self.running = slice(start, start + self.batch_size)
+            yield states[self.running]
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the states by what block `index` makes of them."""

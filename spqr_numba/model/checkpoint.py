@@ -7,7 +7,8 @@ on behind the last one. When all is written, the folder gets its config and is r
     progress.json              fingerprint of the run; its presence marks the folder as unfinished
     model-00001-of-00003...    shards, each renamed into place when whole
     hidden-00001.safetensors   hidden states that block 1 gets; the one before is deleted
-    tuned.safetensors          what tuning the whole model changed; then each shard gets its part of
+    kept-tokens.safetensors    what the model's loss feels of each token
+    kept-tuned.safetensors     what tuning the whole model changed; then each shard gets its part of
                                it, and again, if the run was killed meanwhile
 """
 
@@ -36,6 +37,7 @@ __all__ = ["CheckpointWriter", "WriteBehind", "amended", "check_free"]
 
 PROGRESS_FILE = "progress.json"
 HIDDEN = "hidden"
+KEPT = "kept-"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,6 @@ class CheckpointWriter:
         self.partial = out.with_name(f"{out.name}.partial")
         self._blocks = blocks
         self._shards = blocks + 1
-        self._kept: set[str] = set()
         with self._reported("make the folder"):
             self.finished_blocks = self._resume(fingerprint)
 
@@ -88,12 +89,10 @@ class CheckpointWriter:
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under a name of their own, until the model is finished."""
-        self._kept.add(name)
         self._write(self._kept_path(name), tensors)
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What `write_tensors` wrote, in this run or the one that it continues."""
-        self._kept.add(name)
         return load_file(self._kept_path(name))
 
     def holds(self, name: str) -> bool:
@@ -133,8 +132,8 @@ class CheckpointWriter:
         self.write_text(INDEX_FILE, json.dumps(self._index(), indent=2) + "\n")
         self.write_text(CONFIG_FILE, config)
         self._hidden_path(self._blocks).unlink(missing_ok=True)
-        for name in self._kept:
-            self._kept_path(name).unlink(missing_ok=True)
+        for path in self.partial.glob(f"{KEPT}*"):
+            path.unlink()
         with self._reported("finish"):
             for path in self.partial.iterdir():
                 _sync(path)
@@ -177,7 +176,7 @@ class CheckpointWriter:
         return self.partial / f"hidden-{index:05d}.safetensors"
 
     def _kept_path(self, name: str) -> Path:
-        return self.partial / f"{name}.safetensors"
+        return self.partial / f"{KEPT}{name}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], *, wait: bool = True) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,5 +1,6 @@
 """The block loop: how one checkpoint becomes another.
 
+    (with token weights: find out what the loss feels of each token; see gradients.py)
     (with a number of bits to come to: find out what each layer makes of how many; see survey.py)
     embed the calibration windows
     for each decoder block:
@@ -43,6 +44,7 @@ from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, 
 from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
 from .calibration import load_tokens, sample_windows, sample_windows_apart, window_length
 from .checkpoint import CheckpointWriter, WriteBehind, amended, check_free
+from .gradients import TokenWeights, token_sensitivities
 from .model_tuning import ModelTuner, model_tuning
 from .placement import log_paths, states_crowd
 from .quantize_block import BlockQuantizer
@@ -69,6 +71,7 @@ __all__ = ["CURVES_FILE", "Progress", "compress"]
 BATCH_TOKENS = 4096
 CURVES_FILE = "curves.csv"
 TUNED_MODEL = "tuned"
+TOKENS = "tokens"
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +302,7 @@ class Compression:
         finished = [self.blocks.name(index) + "." for index in range(start)]
         self.rows = [row for row in self.rows if row.layer.startswith(tuple(finished))]
         self.tuned = self.tuned[:start]
+        self.token_weights = self._weigh_tokens(progress) if start < len(self.blocks) else None
         self.ration = self._start_ration(progress)
         activations = self._start_activations() if start < len(self.blocks) else None
         for index in range(start, len(self.blocks)):
@@ -335,7 +339,7 @@ class Compression:
         assert self.model_tuning is not None
         assert self.model_windows is not None
         return ModelTuner(
-            Parts(self.model, self.blocks, self.weights, self.device, self.dtype),
+            self._parts(),
             self.settings,
             self.model_windows,
             self.batch_size,
@@ -343,6 +347,27 @@ class Compression:
             progress.set_postfix_str,
             offload=self.offload or self._states_crowd(self.model_windows, paths=1),
         )
+
+    def _parts(self) -> Parts:
+        """The dense model."""
+        return Parts(self.model, self.blocks, self.weights, self.device, self.dtype)
+
+    def _weigh_tokens(self, progress: Progress) -> TokenWeights | None:
+        """What tokens count for; None where they count alike."""
+        if not self.config.token_weights or self.windows is None:
+            return None
+        if not self.writer.holds(TOKENS):
+            with self.clock("gradients"):
+                squares = token_sensitivities(
+                    self._parts(),
+                    [name for name, config in self.settings.items() if config.use_hessian],
+                    self.windows.to(self.device),
+                    self.batch_size,
+                    progress.set_postfix_str,
+                )
+            squares = {name: each.to(torch.bfloat16) for name, each in squares.items()}
+            self.writer.write_tensors(TOKENS, squares)
+        return TokenWeights(self.writer.read_tensors(TOKENS))
 
     def _start_ration(self, progress: Progress) -> Ration | None:
         """What the unfinished layers share; None where there is no target."""
@@ -362,16 +387,16 @@ class Compression:
     def _survey(self, progress: Progress) -> Curves:
         """The options of every layer."""
         assert self.windows is not None  # Target.check_hessians: something calibrates
-        parts = Parts(self.model, self.blocks, self.weights, self.device, self.dtype)
         with self.clock("survey"):
             return survey(
-                parts,
+                self._parts(),
                 self.settings,
                 self.windows.to(self.device),
                 self.batch_size,
                 per_layer=self.target is not None and self.target.per_layer,
                 clock=self.clock,
                 note=progress.set_postfix_str,
+                weights=self.token_weights,
             )
 
     def _start_activations(self) -> Activations | None:
@@ -407,7 +432,9 @@ class Compression:
         tuner = self._tuner(index, activations, progress)
         if self.config.asymmetric:
             self._await_states(activations)
-        quantizer = BlockQuantizer(block, name, index, self.settings, self.clock, self.ration)
+        quantizer = BlockQuantizer(
+            block, name, index, self.settings, self.clock, self.ration, self.token_weights
+        )
         results = quantizer.quantize(activations, self.config.true_sequential)
         self.settings |= quantizer.settings
         norms: dict[str, torch.Tensor] = {}

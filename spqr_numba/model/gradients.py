@@ -6,17 +6,18 @@ For outputs y of a linear with an error d the loss rises by about 1/2 (d . g)^2,
     sensitivity * |d|^2 / 2,   sensitivity = mean of g^2 over its outputs and all tokens
 
 so errors of different linears, each weighed by its sensitivity, may be added up. A linear that some
-tokens pass by (an expert of a mixture) has no gradient there, and counts that much less.
+tokens pass by (an expert of a mixture) has no gradient there, and counts that much less. Tokens too
+differ, by more than linears do: what one of them loses may never be heard of again.
 
-    forward     block by block; what each gets is kept in main memory
+    forward     block by block; what each gets is kept in main memory, of some windows at a time
     backward    head, then block by block from the last: each runs again, with gradients
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,10 +28,12 @@ from ..errors import NumericsError
 from .activations import Activations, logits
 from .skeleton import Parts
 
-__all__ = ["sensitivities"]
+__all__ = ["TokenWeights", "sensitivities", "token_sensitivities"]
 
 # The gradients of a wide fp16 model are near the smallest numbers that fp16 has.
 LOSS_SCALE = 256.0
+KEPT_BYTES = 2**33  # of what blocks get
+LEAST_WEIGHT = 1e-4  # of a token: no input is lost to a Hessian
 
 
 def sensitivities(
@@ -38,37 +41,81 @@ def sensitivities(
 ) -> dict[str, float]:
     """Full name -> mean squared gradient of the loss at the outputs of each of `linears`.
 
-    One that no gradient reaches in so little text is taken for an average one. windows are int64
-    [N, L] tokens on the device of the parts; the loss is the sum over their tokens. note is told
+    As `token_sensitivities`, over all tokens; one that no gradient reaches in so little text is
+    taken for an average one.
+    """
+    squares = token_sensitivities(parts, linears, windows, 1, note)
+    return mean_sensitivities(parts.model, squares)
+
+
+def mean_sensitivities(model: nn.Module, squares: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Full name -> what `token_sensitivities` found, a token and an output."""
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in squares}
+    found = {n: s.double().mean().item() / linears[n].out_features for n, s in squares.items()}
+    reached = [mean for mean in found.values() if mean > 0] or [0.0]
+    average = sum(reached) / len(reached)
+    return {linear: mean or average for linear, mean in found.items()}
+
+
+def token_sensitivities(
+    parts: Parts,
+    linears: Collection[str],
+    windows: torch.Tensor,
+    batch_size: int,
+    note: Callable[[str], object],
+) -> dict[str, torch.Tensor]:
+    """Full name -> squared gradient of the loss at each token's outputs of each of `linears`.
+
+    Each is fp32 [N, L] in main memory, the sum over outputs; where some tokens pass a linear by,
+    nobody knows which, and each gets its share. windows are int64 [N, L] tokens on the device of
+    the parts, batch_size how many run at once; the loss is the sum over their tokens. note is told
     what is being done. Raises NumericsError where a gradient is not finite, ModelError where blocks
     cannot be run one by one.
     """
-    squares = _Squares(linears)
-    activations, inputs, gradients = _forward(parts, windows)
+    width = parts.model.config.get_text_config().hidden_size
+    window_bytes = len(parts.blocks) * windows.shape[1] * width * parts.dtype.itemsize
+    some = batch_size * max(1, KEPT_BYTES // (window_bytes * batch_size))
+    found = [_squares(parts, linears, few, batch_size, note) for few in windows.split(some)]
+    return {name: torch.cat([squares[name] for squares in found]) for name in linears}
+
+
+def _squares(
+    parts: Parts,
+    linears: Collection[str],
+    windows: torch.Tensor,
+    batch_size: int,
+    note: Callable[[str], object],
+) -> dict[str, torch.Tensor]:
+    """`token_sensitivities` of so few windows that what every block gets of them can be kept."""
+    squares = _Squares(linears, windows.shape)
+    activations, inputs, gradients = _forward(parts, windows, batch_size)
     for index in reversed(range(len(parts.blocks))):
         name = parts.blocks.name(index)
         note(f"{name}, gradients")
         with parts.block(index) as block, squares.watching(name, block):
-            pairs = zip(inputs.pop().split(1), gradients, strict=True)
-            gradients = [_backward(activations, block, index, *pair) for pair in pairs]
-    return squares.means(windows.numel())
+            states = inputs.pop()
+            for start in range(0, len(windows), batch_size):
+                squares.batch = slice(start, start + batch_size)
+                batch = gradients[squares.batch], states[squares.batch]
+                gradients[squares.batch] = _backward(activations, block, index, *batch)
+    return squares.finite()
 
 
 def _forward(
-    parts: Parts, windows: torch.Tensor
-) -> tuple[Activations, list[torch.Tensor], list[torch.Tensor]]:
+    parts: Parts, windows: torch.Tensor, batch_size: int
+) -> tuple[Activations, list[torch.Tensor], torch.Tensor]:
     """(activations, what each block gets, the gradient of the loss at the last block's output)."""
     with parts.outside():
-        activations = Activations.start(parts.model, parts.blocks.modules, windows, batch_size=1)
+        activations = Activations.start(parts.model, parts.blocks.modules, windows, batch_size)
     inputs = []
     for index in range(len(parts.blocks)):
         inputs.append(activations.states.to("cpu", copy=True))
         with parts.block(index) as block:
             activations.advance(block, index)
     with parts.outside():
-        states = activations.states.split(1)
-        pairs = zip(windows.split(1), states, strict=True)
-        return activations, inputs, [_head_gradient(parts, *pair) for pair in pairs]
+        for window, states in zip(windows.split(1), activations.states.split(1), strict=True):
+            states.copy_(_head_gradient(parts, window, states))
+    return activations, inputs, activations.states
 
 
 def _head_gradient(parts: Parts, window: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -85,10 +132,10 @@ def _backward(
     activations: Activations,
     block: nn.Module,
     index: int,
-    states: torch.Tensor,
     gradient: torch.Tensor,
+    states: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient at the input [1, L, d] of a block, given that at its output."""
+    """The gradient at the input [B, L, d] of a block, given that at its output."""
     leaf = states.to(gradient.device).requires_grad_()
     # On a GPU the other kernels sum a gradient in any order, and a plan must not change by that.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -98,10 +145,14 @@ def _backward(
 
 
 class _Squares:
-    """Sums the squares of what comes back to the outputs of some linears."""
+    """Sums the squares of what comes back to the outputs of some linears.
 
-    def __init__(self, linears: Collection[str]) -> None:
-        self._sums = dict.fromkeys(linears, 0.0)
+    batch   the windows whose gradients come
+    """
+
+    def __init__(self, linears: Collection[str], shape: torch.Size) -> None:
+        self._found = {linear: torch.zeros(shape) for linear in linears}
+        self.batch = slice(0)
 
     @contextmanager
     def watching(self, name: str, block: nn.Module) -> Iterator[None]:
@@ -109,30 +160,46 @@ class _Squares:
         with ExitStack() as hooks:
             for path, module in block.named_modules():
                 linear = f"{name}.{path}"
-                if linear in self._sums:
+                if linear in self._found:
                     hooks.enter_context(module.register_forward_hook(self._hook(linear)))
             yield
 
-    def means(self, tokens: int) -> dict[str, float]:
-        """Linear -> mean square a token. Raises NumericsError where one is not finite."""
-        for linear, total in self._sums.items():
-            if not math.isfinite(total):
+    def finite(self) -> dict[str, torch.Tensor]:
+        """Linear -> squares. Raises NumericsError where one is not finite."""
+        for linear, squares in self._found.items():
+            if not torch.isfinite(squares).all():
                 raise NumericsError(
                     f"the loss has no finite gradient at {linear}; check the model's weights, or"
-                    " compress without target_bits"
+                    " compress without target_bits and token_weights"
                 )
-        reached = [total for total in self._sums.values() if total > 0] or [0.0]
-        average = sum(reached) / len(reached)
-        scale = LOSS_SCALE**2 * tokens
-        return {linear: (total or average) / scale for linear, total in self._sums.items()}
+            squares /= LOSS_SCALE**2
+        return self._found
 
     def _hook(self, linear: str) -> Callable:
         def add(gradient: torch.Tensor) -> None:
-            squares = gradient.float().square().sum(dtype=torch.float64)
-            self._sums[linear] += squares.item() / gradient.shape[-1]
+            squares = gradient.float().square().sum(-1).cpu()
+            found = self._found[linear][self.batch]
+            found += squares if squares.shape == found.shape else squares.sum() / found.numel()
 
         def hook(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(add)
 
         return hook
+
+
+class TokenWeights:
+    """How much each token counts in the Hessian of an input: 1 on average over all of them.
+
+    squares   what `token_sensitivities` found
+    """
+
+    def __init__(self, squares: Mapping[str, torch.Tensor]) -> None:
+        self.squares = squares
+
+    def of(self, linears: Iterable[str], windows: slice) -> torch.Tensor:
+        """fp32 [B, L] for some of the windows, of an input that `linears` share."""
+        felt = torch.stack([self.squares[name].float() for name in linears]).sum(0)
+        mean = felt.mean()
+        weights = (felt[windows] / mean).clamp(min=LEAST_WEIGHT)
+        return weights if mean > 0 else torch.ones_like(weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -14,7 +14,9 @@ from .activations import StopForward
 from .blocks import InputGroup, first_input, pre_hook
 from .report import Clock
 
-__all__ = ["InputSums"]
+__all__ = ["InputSums", "Weigh"]
+
+Weigh = Callable[[Sequence[str]], torch.Tensor]
 
 
 class InputSums:
@@ -23,11 +25,18 @@ class InputSums:
     block      which runs on batches [B, L, d]
     linears    input -> a linear that gets it
     clock      for the seconds spent on Hessians
+    weigh      the names of linears that share an input -> how much each token of the batch that is
+               run counts for it, fp32 [B, L]; None where all count alike
     """
 
     def __init__(
-        self, block: nn.Module, linears: Mapping[InputGroup, nn.Linear], clock: Clock
+        self,
+        block: nn.Module,
+        linears: Mapping[InputGroup, nn.Linear],
+        clock: Clock,
+        weigh: Weigh | None = None,
     ) -> None:
+        self._weigh = weigh
         self._block, self._linears, self._clock = block, linears, clock
         self.hessians = {
             group: Hessian(linear.in_features, linear.weight.device)
@@ -70,10 +79,17 @@ class InputSums:
             self._dense[group].append(x)
         else:
             with self._clock("hessian"):
-                self.hessians[group].add(x, self._twin(group, x))
+                self.hessians[group].add(x, self._twin(group, x), self._weights(group, x))
         self._awaited[group] -= 1
         if not (self._whole or any(self._awaited.values())):
             raise StopForward
+
+    def _weights(self, group: InputGroup, x: torch.Tensor) -> torch.Tensor | None:
+        """How much each token counts; None where all do alike, or some pass this input by."""
+        if self._weigh is None:
+            return None
+        weights = self._weigh(group.names)
+        return weights.to(x.device) if weights.numel() == x.shape[:-1].numel() else None
 
     def _twin(self, group: InputGroup, x: torch.Tensor) -> torch.Tensor | None:
         """What the dense model had in the place of `x`.

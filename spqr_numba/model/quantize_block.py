@@ -17,10 +17,11 @@ from ..quantize.solver import QuantizedWeight, quantize_weight
 from .activations import Activations
 from .blocks import InputGroup, find_linears, input_groups
 from .budget import Ration
-from .input_sums import InputSums
+from .gradients import TokenWeights
+from .input_sums import InputSums, Weigh
 from .report import Clock
 
-__all__ = ["BlockQuantizer", "factorization_key", "named"]
+__all__ = ["BlockQuantizer", "factorization_key", "named", "weigher"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class BlockQuantizer:
     settings    full module name -> settings, of every linear to compress; a ration changes them
     clock       for the seconds of each phase
     ration      chooses settings, and is told what each linear took
+    weights     of tokens, in Hessians
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class BlockQuantizer:
         settings: Mapping[str, SpqrConfig],
         clock: Clock,
         ration: Ration | None = None,
+        weights: TokenWeights | None = None,
     ) -> None:
+        self.weights = weights
         self.block, self.index, self.clock, self.ration = block, index, clock, ration
         full_names = {f"{name}.{linear}": module for linear, module in find_linears(block).items()}
         self.linears = {
@@ -102,7 +106,7 @@ class BlockQuantizer:
         advance = last and activations.dense is not None
         if not needing and not advance:
             return {}
-        sums = InputSums(self.block, needing, self.clock)
+        sums = InputSums(self.block, needing, self.clock, weigher(self.weights, activations))
         with self.clock("forward"), sums.hooked():
             if activations.dense is None:
                 activations.run_all(self.block, self.index)
@@ -161,6 +165,13 @@ class BlockQuantizer:
         if config.use_hessian and result.report.damping > config.damping:
             logger.warning("%s: damping raised to %g", name, result.report.damping)
         return result
+
+
+def weigher(weights: TokenWeights | None, activations: Activations) -> Weigh | None:
+    """What weighs the tokens of the windows that run; None where nothing does."""
+    if weights is None:
+        return None
+    return lambda names: weights.of(names, activations.running)
 
 
 def factorization_key(name: str, config: SpqrConfig) -> tuple | None:

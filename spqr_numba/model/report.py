@@ -136,8 +136,8 @@ class CompressionReport:
 
     out       the folder
     layers    a row a compressed linear, in the order of the model
-    seconds   phase -> seconds: prepare, survey, read, forward, hessian, factorise, quantize, tune,
-              write (of this run only, where it continued another)
+    seconds   phase -> seconds: prepare, gradients, survey, read, forward, hessian, factorise,
+              quantize, tune, write (of this run only, where it continued another)
     bytes     of all files in the folder
     tuned     a row a tuned block, none without tuning; the losses in `layers` are those before it
     model     how tuning the whole model went, None without that

@@ -27,9 +27,9 @@ from ..quantize.solver import quantize_weight
 from .activations import Activations
 from .blocks import input_groups
 from .budget import Curves, Option, Target, between, lower_hull
-from .gradients import sensitivities
+from .gradients import TokenWeights, mean_sensitivities, sensitivities
 from .input_sums import InputSums
-from .quantize_block import factorization_key, named
+from .quantize_block import factorization_key, named, weigher
 from .report import Clock
 from .skeleton import Parts
 
@@ -54,6 +54,7 @@ def survey(
     per_layer: bool,
     clock: Clock,
     note: Callable[[str], object],
+    weights: TokenWeights | None = None,
 ) -> Curves:
     """The options of every linear that `settings` names and the windows reach.
 
@@ -62,10 +63,14 @@ def survey(
     per_layer   options differ in bits and group_size too, not in the threshold alone
     clock       for the seconds spent on Hessians
     note        is told what is being done
+    weights     of the tokens of all windows, where they do not count alike
 
     Raises NumericsError for NaN or inf, ModelError where blocks cannot be run one by one.
     """
-    felt = sensitivities(parts, settings, windows[: _few(windows)], note)
+    if weights is None:
+        felt = sensitivities(parts, settings, windows[: _few(windows)], note)
+    else:
+        felt = mean_sensitivities(parts.model, weights.squares)
     with parts.outside():
         blocks = parts.blocks.modules
         activations = Activations.start(parts.model, blocks, windows[:WINDOWS], batch_size)
@@ -80,7 +85,8 @@ def survey(
         inside = {n: config for n, config in settings.items() if n.startswith(f"{name}.")}
         with parts.block(index) as block:
             linears = {n: parts.model.get_submodule(n) for n in inside}
-            for layer, factor in _factorizations(block, index, linears, inside, activations, clock):
+            found = _factorizations(block, index, linears, inside, activations, clock, weights)
+            for layer, factor in found:
                 sample = Sample.of(linears[layer].weight, factor, inside[layer], felt[layer])
                 curves[layer] = sample.options(inside[layer], per_layer)
             activations.advance(block, index)
@@ -220,11 +226,13 @@ def _factorizations(
     settings: Mapping[str, SpqrConfig],
     activations: Activations,
     clock: Clock,
+    weights: TokenWeights | None,
 ) -> Iterator[tuple[str, Factorization]]:
     """(name, factorization) of the linears that calibrate; equal settings share what they can."""
     wanted = {name: linear for name, linear in linears.items() if settings[name].use_hessian}
     groups = input_groups(wanted, lambda: activations.run_first(block, index))
-    sums = InputSums(block, {group: wanted[group.names[0]] for group in groups}, clock)
+    some = {group: wanted[group.names[0]] for group in groups}
+    sums = InputSums(block, some, clock, weigher(weights, activations))
     with sums.hooked():
         activations.run_all(block, index)
     for group in groups:

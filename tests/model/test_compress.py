@@ -27,6 +27,7 @@ from spqr_numba.model.blocks import find_blocks
 from spqr_numba.model.budget import read_curves
 from spqr_numba.model.calibration import load_tokens
 from spqr_numba.model.compress import compress
+from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.integration import load_model
 from spqr_numba.model.source import open_source
 from spqr_numba.nn import SpqrLinear
@@ -37,6 +38,7 @@ from .architectures import ARCHITECTURES
 
 PAPER = SpqrConfig(damping=0.1)
 ASYMMETRIC = replace(PAPER, asymmetric=True)
+WEIGHED = replace(ASYMMETRIC, true_sequential=True, token_weights=True)
 RTN = SpqrConfig.rtn(4, 16)
 CALIBRATION = {"nsamples": 5, "seqlen": 24, "batch_size": 2}
 
@@ -339,7 +341,9 @@ def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("config", [PAPER, ASYMMETRIC, RTN], ids=["spqr", "asymmetric", "rtn"])
+@pytest.mark.parametrize(
+    "config", [PAPER, ASYMMETRIC, WEIGHED, RTN], ids=["spqr", "asymmetric", "weighed", "rtn"]
+)
 def test_killed_and_continued_is_uninterrupted(
     config: SpqrConfig, four_blocks: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -364,6 +368,48 @@ def test_other_settings_do_not_continue(
         run(folder_of("llama"), progress=KillAfter(1))
     run(folder_of("llama"), seed=5)
     assert "starting anew" in caplog.text
+
+
+def test_token_weights_are_those_of_the_windows_that_run(
+    folder_of: FolderOf, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hessians of the first block's first input, as they are and from its inputs by hand."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    weights: list[TokenWeights] = []
+    add, make = Hessian.add, TokenWeights.__init__
+
+    def watched(hessian: Hessian, x: Any, dense: Any = None, each: Any = None) -> None:
+        seen.append((x.clone(), each))
+        add(hessian, x, dense, each)
+
+    def noted(found: TokenWeights, squares: Any) -> None:
+        weights.append(found)
+        make(found, squares)
+
+    monkeypatch.setattr(Hessian, "add", watched)
+    monkeypatch.setattr(TokenWeights, "__init__", noted)
+    run(folder_of("llama"), replace(PAPER, token_weights=True))
+    inputs = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    width = seen[0][0].shape[-1]
+    firsts = [pair for pair in seen if pair[0].shape[-1] == width][:9:3]  # three inputs a batch
+    expected = weights[0].of(inputs, slice(0, 5))
+    assert torch.equal(torch.cat([pair[1] for pair in firsts]), expected)
+    assert expected.shape == (5, 24)
+    assert expected.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_token_weights_serve_a_target_too(folder_of: FolderOf, run: Run) -> None:
+    config = replace(PAPER, fit="joint", token_weights=True)
+    plain, weighed = (
+        run(folder_of("llama"), each, name, target_bits=4.4)
+        for name, each in {"plain": replace(config, token_weights=False), "it": config}.items()
+    )
+    assert (
+        read_curves((plain / "curves.csv").read_text()).keys()
+        == read_curves((weighed / "curves.csv").read_text()).keys()
+    )
+    assert (plain / "curves.csv").read_text() != (weighed / "curves.csv").read_text()
+    assert not list(weighed.glob("kept-*"))
 
 
 def spoiled(folder: Path, tmp_path: Path, changes: dict[str, torch.Tensor]) -> Path:

@@ -12,8 +12,14 @@ from torch.nn import functional as F
 
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import NumericsError
+from spqr_numba.model import gradients
 from spqr_numba.model.blocks import find_blocks, plan
-from spqr_numba.model.gradients import sensitivities
+from spqr_numba.model.gradients import (
+    TokenWeights,
+    mean_sensitivities,
+    sensitivities,
+    token_sensitivities,
+)
 from spqr_numba.model.integration import load_model
 from spqr_numba.model.skeleton import Parts, build_skeleton
 from spqr_numba.model.source import open_source
@@ -82,5 +88,40 @@ def test_what_no_token_reaches_is_an_average_linear(folder_of: Callable[[str], P
     parts = parts_of(folder_of("llama"))
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad():
-        felt = sensitivities(parts, [*names, "an.expert"], WINDOWS, lambda _: None)
-    assert felt.pop("an.expert") == pytest.approx(sum(felt.values()) / len(felt))
+        squares = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+    expert = names[3]
+    squares[expert].zero_()
+    felt = mean_sensitivities(parts.model, squares)
+    assert felt.pop(expert) == pytest.approx(sum(felt.values()) / len(felt))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_tokens_are_told_apart_however_many_run_at_once(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = parts_of(folder_of(name))
+    names = list(plan(parts.blocks, SpqrConfig()))
+    with torch.no_grad():
+        alone = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        together = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+        monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
+        apart = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        felt = sensitivities(parts, names, WINDOWS, lambda _: None)
+    for linear in names:
+        assert alone[linear].shape == WINDOWS.shape
+        outputs = parts.model.get_submodule(linear).out_features
+        assert alone[linear].mean().item() / outputs == pytest.approx(felt[linear], rel=1e-5)
+        torch.testing.assert_close(together[linear], alone[linear], rtol=1e-3, atol=0)
+        assert torch.equal(apart[linear], alone[linear])
+    assert (alone[names[0]][:, -1] == 0).all()  # the last token predicts nothing
+
+
+def test_weights_are_one_on_average() -> None:
+    squares = {
+        "a": torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
+        "b": torch.tensor([[1.0, 0, 1, 0]]).view(2, 2),
+    }
+    weights = TokenWeights(squares)
+    assert torch.equal(weights.of(["a", "b"], slice(2)), torch.tensor([[1.0, 1], [2, 1e-4]]))
+    assert torch.equal(weights.of(["b"], slice(1, 2)), torch.tensor([[2.0, 1e-4]]))
+    assert torch.equal(TokenWeights({"a": torch.zeros(2, 3)}).of(["a"], slice(2)), torch.ones(2, 3))

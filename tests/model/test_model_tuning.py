@@ -200,7 +200,7 @@ def test_killed_and_continued_is_uninterrupted(
     assert continued.model is not None
     assert whole.model is not None
     assert continued.model.error_after == whole.model.error_after
-    assert not list(tmp_path.glob("**/tuned.safetensors"))
+    assert not list(tmp_path.glob("**/kept-*"))
 
 
 def test_other_steps_do_not_continue(

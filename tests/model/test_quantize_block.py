@@ -115,6 +115,20 @@ class Router(nn.Module):
         return self.all(x.flatten(0, 1)).reshape(x.shape)
 
 
+def test_tokens_are_weighed_where_it_is_known_which_they_are() -> None:
+    router = Router()
+    some, all_tokens = InputGroup(("some",), 1), InputGroup(("all",), 1)
+    weights = torch.tensor([[3.0, 0.5]])
+    linears = {some: router.some, all_tokens: router.all}
+    sums = InputSums(router, linears, Clock("cpu"), lambda names: weights)
+    x = torch.tensor([[[1.0, 2.0], [-1.0, 1.0]]])
+    with sums.hooked(), pytest.raises(StopForward):
+        router(x)
+    assert sums.hessians[some].matrix.tolist() == [[2, 4], [4, 8]]
+    expected = x[0].T @ (weights[0][:, None] * x[0])
+    torch.testing.assert_close(sums.hessians[all_tokens].matrix, expected)
+
+
 def test_tokens_that_cannot_be_told_apart_have_no_twins() -> None:
     router = Router()
     some, all_tokens = InputGroup(("some",), 1), InputGroup(("all",), 1)

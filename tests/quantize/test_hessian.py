@@ -53,6 +53,16 @@ def test_any_leading_shape_and_dtype() -> None:
         assert torch.equal(accumulate(x.to(dtype)), expected)
 
 
+def test_a_token_that_weighs_three_is_there_three_times() -> None:
+    x, dense = torch.arange(24.0).reshape(2, 6, 2)
+    weights = torch.tensor([3.0, 0, 1, 1, 0, 1])
+    weighed, repeated = Hessian(2), Hessian(2)
+    weighed.add(x.reshape(2, 3, 2), dense.reshape(2, 3, 2), weights.reshape(2, 3))
+    repeated.add(x[[0, 0, 0, 2, 3, 5]], dense[[0, 0, 0, 2, 3, 5]])
+    torch.testing.assert_close(weighed.matrix, repeated.matrix)
+    torch.testing.assert_close(weighed.drift, repeated.drift)
+
+
 def test_no_input_at_all() -> None:
     assert not Hessian(3).matrix.any()
 
