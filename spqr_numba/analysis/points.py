@@ -2,6 +2,7 @@
 
 sweep.json      what the points have in common, and every finished point
 sweep.csv       the points as a table, for other programs
+*-curves.csv    what the options of each layer are worth, where targets of bits ask for it
 """
 
 from __future__ import annotations
@@ -133,10 +134,10 @@ class SweepFolder:
     def _write(self) -> None:
         points = [point.to_dict() for point in self.points]
         document = {"common": self.common, "points": points}
-        self._replace(POINTS_FILE, json.dumps(document, indent=1) + "\n")
-        self._replace(TABLE_FILE, _to_csv(self.points))
+        self.write_text(POINTS_FILE, json.dumps(document, indent=1) + "\n")
+        self.write_text(TABLE_FILE, _to_csv(self.points))
 
-    def _replace(self, name: str, text: str) -> None:
+    def write_text(self, name: str, text: str) -> None:
         """Write a file that is never seen half-written."""
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")

@@ -7,7 +7,8 @@ could be made once for all, but they are not those that a setting meets: on the 
 move its perplexity by up to a percent, and `true_sequential` would mean nothing.
 
 The one exception is what targets of bits are reached by: what the options of each layer are worth
-is the same for all targets of a setting, a seed and a number of calibrated windows, and found once.
+is the same for all targets of a setting, a seed and a number of calibrated windows, and found once:
+OUT keeps it, in a file of its own.
 
 In work, OUT also holds a checkpoint under a name made from its setting and seed, so that the same
 call continues it.
@@ -19,7 +20,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -134,9 +135,9 @@ class Run:
 
     @property
     def surveyed(self) -> str:
-        """The same for runs in which the options of all layers are worth the same."""
+        """The same for runs in which the options of all layers are worth the same, as `key`."""
         same = {"tune": self.tune > 0, "tune_model": 0, "target_bits": None}
-        return json.dumps({**self.fields, **same})
+        return _name({**self.fields, **same})
 
     @property
     def label(self) -> str:
@@ -146,7 +147,7 @@ class Run:
     @property
     def key(self) -> str:
         """The same for runs that make the same point, as a file's name."""
-        return sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:12]
+        return _name(self.fields)
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -162,7 +163,6 @@ class Sweep:
     """What all runs share.
 
     calibration   keywords of `compress`
-    curves        what surveys have found so far, by `Run.surveyed`
     """
 
     source: Source
@@ -170,7 +170,6 @@ class Sweep:
     calibration: Mapping[str, Any]
     folder: SweepFolder
     progress: Progress | None
-    curves: dict[str, Curves] = field(default_factory=dict)
 
     def points(self, runs: Sequence[Run]) -> Iterator[SweepPoint]:
         """The point of each run, found in the folder or made."""
@@ -228,12 +227,20 @@ class Sweep:
             run.config,
             **self.calibration,
             **run.keywords,
-            curves=self.curves.get(run.surveyed),
+            curves=self._curves(run),
             progress=Half(self.progress, place),
         )
         if run.target is not None:
             text = (out / CURVES_FILE).read_text(encoding="utf-8")
-            self.curves[run.surveyed] = read_curves(text)
+            self.folder.write_text(self._curves_name(run), text)
+
+    def _curves(self, run: Run) -> Curves | None:
+        """What a survey of an earlier run found, in this sweep or the one that it continues."""
+        path = self.folder.path / self._curves_name(run)
+        return read_curves(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _curves_name(self, run: Run) -> str:
+        return f"{run.surveyed}-{CURVES_FILE}"
 
     def _measure(self, model: str | Source, place: str) -> dict[str, float]:
         """Name of each text -> perplexity of a model that is loaded for it."""
@@ -264,6 +271,11 @@ class Half:
         """Say it behind which point it is: a survey takes long before there is a first block."""
         if self._whole is not None:
             self._whole.set_postfix_str(f"{self._place}: {s}")
+
+
+def _name(fields: Mapping[str, Any]) -> str:
+    """A short name that is the same for the same values."""
+    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check(source: Source, runs: Iterable[Run]) -> None:

@@ -137,6 +137,9 @@ def test_each_target_makes_a_point_where_outliers_are_kept_and_one_survey_serves
         (None, False),
     ]
     assert read_sweep(tmp_path) == points
+    more = [Target(4.7, per_layer=True)]  # of a sweep that goes on
+    list(sweep(dense, settings, texts, tmp_path, targets=more, **quick, dense=False))
+    assert surveys == [True]
     compress(
         dense, tmp_path / "alone", SpqrConfig(), target_bits=4.8, per_layer=True, seed=0, **quick
     )
