@@ -39,6 +39,11 @@ __all__ = ["compress"]
     help="Train them in all blocks together for so many steps, towards what the dense model"
     " predicts.  [default: 0]",
 )
+@click.option(
+    "--tune-codes",
+    is_flag=True,
+    help="With --tune-model: train codes too, which takes 16 bytes more for each weight.",
+)
 @device_option
 @click.option(
     "--offload-activations",

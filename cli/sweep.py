@@ -78,6 +78,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     show_default=True,
     help="The same.",
 )
+@click.option("--tune-codes", is_flag=True, help="The same.")
 @click.option(
     "--target-bits",
     type=Several(click.FLOAT),

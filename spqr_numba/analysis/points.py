@@ -46,6 +46,7 @@ class SweepPoint:
     seed            of the choice of calibration windows; None where nothing is calibrated
     tune            steps of training each block (`compress`)
     tune_model      the same of all blocks together
+    tune_codes      whether codes were trained with them
     config          every field of the setting; None for the dense model
     bits            bits a weight of the compressed linears, from the bytes of their buffers
     outlier_share   outliers a weight
@@ -66,6 +67,7 @@ class SweepPoint:
     target_bits: float | None = None
     per_layer: bool = False
     tune_model: int = 0
+    tune_codes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -165,7 +167,8 @@ def summaries(points: Iterable[SweepPoint], text: str) -> list[SettingSummary]:
     """Every setting among `points` on one text, in their order: all seeds of what was set alike."""
     seeds: dict[str, list[SweepPoint]] = {}
     for point in points:
-        setting = point.config, point.tune, point.tune_model, point.target_bits, point.per_layer
+        tuning = point.tune, point.tune_model, point.tune_codes
+        setting = point.config, tuning, point.target_bits, point.per_layer
         seeds.setdefault(json.dumps(setting, sort_keys=True), []).append(point)
     return [_summarize(group[0].name, group, text) for group in seeds.values()]
 
@@ -217,6 +220,7 @@ def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
         "seed": point.seed,
         "tune": point.tune,
         "tune_model": point.tune_model,
+        "tune_codes": point.tune_codes,
         "target_bits": point.target_bits,
         "per_layer": point.per_layer,
         "bits": point.bits,

@@ -48,7 +48,10 @@ from .points import DENSE, SweepFolder, SweepPoint
 __all__ = ["sweep"]
 
 DENSE_BITS = 16.0
-KEYWORDS = ("tune", "tune_model", "target_bits", "per_layer")
+KEYWORDS = ("tune", "tune_model", "tune_codes", "target_bits", "per_layer")
+Tunings = tuple[int, int, bool]
+"""tune, tune_model and tune_codes of `compress`."""
+NO_TUNING: Tunings = (0, 0, False)
 STEPS = 100  # of a progress bar for each point: half of them compress it, half measure it
 
 
@@ -61,6 +64,7 @@ def sweep(
     seeds: Sequence[int] = (0,),
     tune: Sequence[int] = (0,),
     tune_model: Sequence[int] = (0,),
+    tune_codes: bool = False,
     targets: Sequence[Target] = (),
     dataset: str | None = None,
     nsamples: int = 128,
@@ -78,6 +82,7 @@ def sweep(
     seeds      of the choice of calibration windows
     tune       steps of training each block: a point for each, where anything is calibrated
     tune_model   the same of training all blocks together
+    tune_codes   train codes too, where all blocks are trained
     targets    bits to come to: settings that keep outliers make a point for each, and none else
     dataset, nsamples, seqlen, device   as for `compress`
     dense      measure the dense model too, which must fit in memory whole then
@@ -88,7 +93,7 @@ def sweep(
     NumericsError names the setting.
     """
     source = open_source(model)
-    runs = _runs(settings, seeds, list(product(tune, tune_model)), targets, dense)
+    runs = _runs(settings, seeds, _tunings(tune, tune_model, tune_codes), targets, dense)
     _check(source, runs)
     tokens = load_tokens(dataset, source.tokenizer())
     calibration: dict[str, Any] = {
@@ -114,6 +119,7 @@ class Run:
     seed: int | None = None
     tune: int = 0
     tune_model: int = 0
+    tune_codes: bool = False
     target: Target | None = None
 
     @property
@@ -124,6 +130,7 @@ class Run:
             "seed": self.seed,
             "tune": self.tune,
             "tune_model": self.tune_model,
+            "tune_codes": self.tune_codes,
             "target_bits": self.target and self.target.bits,
             "per_layer": self.target is not None and self.target.per_layer,
         }
@@ -136,7 +143,7 @@ class Run:
     @property
     def surveyed(self) -> str:
         """The same for runs in which the options of all layers are worth the same, as `key`."""
-        same = {"tune": self.tune > 0, "tune_model": 0, "target_bits": None}
+        same = {"tune": self.tune > 0, "tune_model": 0, "tune_codes": False, "target_bits": None}
         return _name({**self.fields, **same})
 
     @property
@@ -320,7 +327,7 @@ def _digest(tokens: torch.Tensor) -> str:
 def _runs(
     settings: Mapping[str, SpqrConfig],
     seeds: Sequence[int],
-    tunings: Sequence[tuple[int, int]],
+    tunings: Sequence[Tunings],
     targets: Sequence[Target],
     dense: bool,
 ) -> list[Run]:
@@ -329,30 +336,37 @@ def _runs(
     for name, config in settings.items():
         aims = targets if targets and config.outlier_threshold is not None else [None]
         calibrated = _calibrates(config)
-        for variant in product(aims, tunings, seeds) if calibrated else [(None, (0, 0), None)]:
+        for variant in product(aims, tunings, seeds) if calibrated else [(None, NO_TUNING, None)]:
             run = _run(name, config, *variant)
             if not any(replace(run, name=other.name) == other for other in runs):
                 runs.append(run)
     return runs
 
 
+def _tunings(tune: Sequence[int], tune_model: Sequence[int], tune_codes: bool) -> list[Tunings]:
+    return [
+        (steps, all_steps, tune_codes and all_steps > 0)
+        for steps, all_steps in product(tune, tune_model)
+    ]
+
+
 def _run(
     name: str,
     config: SpqrConfig,
     target: Target | None,
-    tunings: tuple[int, int],
+    tunings: Tunings,
     seed: int | None,
 ) -> Run:
     """Its name says all but the seed."""
-    tune, tune_model = tunings
+    tune, tune_model, tune_codes = tunings
     words = [name]
     if target is not None:
         words.append(f"target {target.bits:g} bits" + " per layer" * target.per_layer)
     if tune:
         words.append(f"tune {tune}")
     if tune_model:
-        words.append(f"tune model {tune_model}")
-    return Run(", ".join(words), config, seed, tune, tune_model, target)
+        words.append(f"tune model {tune_model}" + " with codes" * tune_codes)
+    return Run(", ".join(words), config, seed, *tunings, target)
 
 
 def _calibrates(config: SpqrConfig) -> bool:

@@ -99,6 +99,7 @@ def compress(
     seed: int = 0,
     tune: int = 0,
     tune_model: int = 0,
+    tune_codes: bool = False,
     overwrite: bool = False,
     batch_size: int | None = None,
     target_bits: float | None = None,
@@ -119,6 +120,7 @@ def compress(
     seed         of the choice of windows, and of their order where they are trained on
     tune         steps of training each block once it is quantized (tuning.py); 0 for none
     tune_model   steps of training all blocks together behind that (model_tuning.py); 0 for none
+    tune_codes   with tune_model, train codes too
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
     target_bits  choose each layer's outlier_threshold so that the whole comes to so many bits a
@@ -140,6 +142,8 @@ def compress(
     clock = Clock(device)
     if per_layer and target_bits is None:
         raise ConfigError("per_layer chooses settings for a number of bits; give target_bits")
+    if tune_codes and not tune_model:
+        raise ConfigError("tune_codes trains codes with a whole model; give tune_model")
     target = None if target_bits is None else Target(target_bits, per_layer)
     with clock("prepare"), torch.no_grad():
         source = open_source(model)
@@ -147,7 +151,15 @@ def compress(
         check_causal(source.config)
         tuning = Tuning(tune, nsamples, seed) if tune else None
         job = Compression(
-            source, config, torch.device(device), clock, tuning, target, curves, tune_model
+            source,
+            config,
+            torch.device(device),
+            clock,
+            tuning,
+            target,
+            curves,
+            tune_model,
+            tune_codes,
         )
         tokenizer = source.tokenizer()
         if job.calibrates:
@@ -174,6 +186,7 @@ class Compression:
         target: Target | None = None,
         curves: Curves | None = None,
         tune_model: int = 0,
+        tune_codes: bool = False,
     ) -> None:
         """Raises ModelError for a model, ConfigError for patterns that cannot be handled."""
         self.source, self.config, self.device, self.clock = source, config, device, clock
@@ -189,7 +202,7 @@ class Compression:
             raise ConfigError("the curves are not of the layers that these settings compress")
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
-        self.tuning, self.tune_model = tuning, tune_model
+        self.tuning, self.tune_model, self.tune_codes = tuning, tune_model, tune_codes
         self.norms = find_norms(self.model, self.blocks)
         hessians = any(chosen.use_hessian for chosen in self.settings.values())
         self.calibrates = hessians or tuning is not None or tune_model > 0
@@ -235,7 +248,12 @@ class Compression:
     def _draw_model_windows(self, tokens: torch.Tensor, length: int, seed: int) -> None:
         """What the whole model is tuned on: the more text the better, and so new windows."""
         self.model_tuning = model_tuning(
-            self.tune_model, self.batch_size, seed, text=len(tokens) // length, length=length
+            self.tune_model,
+            self.batch_size,
+            seed,
+            codes=self.tune_codes,
+            text=len(tokens) // length,
+            length=length,
         )
         trained, held_back = self.model_tuning.trained, self.model_tuning.held_back
         self.model_windows = sample_windows_apart(tokens, trained, held_back, length, seed)
@@ -290,6 +308,7 @@ class Compression:
             "device": self.device.type,
             "tuning": None if self.tuning is None else asdict(self.tuning),
             "model_tuning": None if self.model_tuning is None else asdict(self.model_tuning),
+            "tune_codes": self.tune_codes,
             "target": None if self.target is None else asdict(self.target),
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -345,6 +364,7 @@ class Compression:
             self.batch_size,
             self.model_tuning,
             progress.set_postfix_str,
+            codes=self.tune_codes,
             offload=self.offload or self._states_crowd(self.model_windows, paths=1),
         )
 

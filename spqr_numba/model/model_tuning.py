@@ -3,7 +3,7 @@
     dense       the last block's output of the dense model, on windows that are drawn for this:
                 block by block, and kept in place of predictions, which are so much wider
     train       once all blocks are compressed: their second-level statistics and outlier values,
-                the weights of all norms, together (training.py)
+                the weights of all norms, together (training.py); codes too, if wanted
     error       the Kullback-Leibler divergence from the dense model's next-token distribution, in
                 nats a token
 
@@ -13,7 +13,8 @@ part of its output for equally worth mending.
 Beside the model outside its blocks, the device holds about 1.5 bytes for each compressed weight (a
 code as a byte, and the matrix), some 30 bytes for each number that is trained, what each block gets
 of a batch, and what training one block takes: its weights are decoded for their turn, forward and
-once more backward. Logits are there for a few positions at a time.
+once more backward. Up to KEPT_WEIGHTS of them are decoded once, and that of all blocks is kept.
+Logits are there for a few positions at a time. Codes that are trained take 16 bytes more each.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .blocks import find_norms, outer_norms
 from .report import TunedRow
 from .skeleton import InMemory, Parts, load, release, stored_names
 from .training import (
+    MEASUREMENTS,
     MOST_HELD_BACK,
     Best,
     TrainableBlock,
@@ -50,17 +52,10 @@ from .training import (
 
 __all__ = ["ModelTuner", "Shards", "TunedModel", "model_tuning"]
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 MOST_TOKENS = 2**19  # of which a state of the dense model is kept
+KEPT_WEIGHTS = 2**28  # up to which nothing is decoded twice; with all that gradients need, 10 GB
 POSITIONS = 512  # whose logits are in float32 at once
-UNTRAINED = (
-    "codes",
-    "scale_codes",
-    "zero_codes",
-    "outlier_row_offsets",
-    "outlier_columns",
-    "permutation",
-)
 
 Shards = Callable[[int], Mapping[str, torch.Tensor]]
 """Index of a block -> full name of everything that is stored of it -> tensor."""
@@ -68,14 +63,17 @@ Shards = Callable[[int], Mapping[str, torch.Tensor]]
 logger = logging.getLogger(__name__)
 
 
-def model_tuning(steps: int, batch_size: int, seed: int, *, text: int, length: int) -> Tuning:
+def model_tuning(
+    steps: int, batch_size: int, seed: int, *, codes: bool, text: int, length: int
+) -> Tuning:
     """How to tune on a text of so many windows of `length` tokens.
 
     Every step gets windows of its own, as far as MOST_TOKENS and the text, read twice, allow.
     """
     wanted = steps * batch_size + MOST_HELD_BACK
     windows = max(2, min(wanted, MOST_TOKENS // length, 2 * text))
-    return Tuning(steps, windows, seed, LEARNING_RATE)
+    # Codes that have begun to move are worse, until the rate falls and they settle.
+    return Tuning(steps, windows, seed, LEARNING_RATE, *([MEASUREMENTS] if codes else []))
 
 
 class TunedModel(NamedTuple):
@@ -96,6 +94,8 @@ class CompressedBlock:
     index      of the block
     settings   full name -> how it was compressed, of each linear in it that was
     shard      full name -> tensor, of everything that is stored of it
+    codes      train codes too
+    again      run it once more for gradients, and keep nothing of it until then
     """
 
     def __init__(
@@ -104,7 +104,11 @@ class CompressedBlock:
         index: int,
         settings: Mapping[str, SpqrConfig],
         shard: Mapping[str, torch.Tensor],
+        *,
+        codes: bool,
+        again: bool,
     ) -> None:
+        self.again = again
         self.model, self.name = parts.model, parts.blocks.name(index)
         device = parts.device
         inside = [n for n in stored_names(parts.model) if n.startswith(f"{self.name}.")]
@@ -114,6 +118,9 @@ class CompressedBlock:
             name: trainable_matrix(self._matrix(name, config, shard).to(device), config)
             for name, config in settings.items()
         }
+        if codes:
+            for name, matrix in self.matrices.items():
+                matrix.train_codes(parts.read(f"{name}.weight").to(device))
         self.norms = {
             name: trainable_norm(shard[name], device)
             for name in find_norms(parts.model, parts.blocks)
@@ -138,7 +145,9 @@ class CompressedBlock:
         return SpqrMatrix(spec, buffers)
 
     def run(self, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
-        """What the block makes of hidden states; for gradients it runs once more."""
+        """What the block makes of hidden states; for gradients it may run once more."""
+        if not self.again:
+            return call.of(self.block, hidden)
         return checkpoint(
             lambda x: call.of(self.block, x), hidden, use_reentrant=False, preserve_rng_state=False
         )
@@ -149,7 +158,7 @@ class CompressedBlock:
             f"{name}.{buffer}": tensor
             for name, trained in self.matrices.items()
             for buffer, tensor in trained.stored().tensors.items()
-            if buffer not in UNTRAINED
+            if tensor is not trained.matrix[buffer]
         }
         return tensors | stored_norms(self.norms)
 
@@ -167,6 +176,7 @@ class ModelTuner:
     batch_size  windows of a step
     tuning      how
     say         is told how far it has come, a few words now and then
+    codes       train codes too
     offload     keep the dense model's states in main memory
     """
 
@@ -179,8 +189,10 @@ class ModelTuner:
         tuning: Tuning,
         say: Callable[[str], object],
         *,
+        codes: bool = False,
         offload: bool = False,
     ) -> None:
+        self.codes = codes
         self.parts, self.settings, self.tuning, self.say = parts, settings, tuning, say
         self.windows = windows.to(parts.device)
         self.batch_size, self.offload = batch_size, offload
@@ -222,7 +234,9 @@ class ModelTuner:
     def _block(self, index: int, shard: Mapping[str, torch.Tensor]) -> CompressedBlock:
         inside = f"{self.parts.blocks.name(index)}."
         settings = {name: c for name, c in self.settings.items() if name.startswith(inside)}
-        return CompressedBlock(self.parts, index, settings, shard)
+        linears = (self.parts.model.get_submodule(name) for name in self.settings)
+        again = sum(linear.weight.numel() for linear in linears) > KEPT_WEIGHTS
+        return CompressedBlock(self.parts, index, settings, shard, codes=self.codes, again=again)
 
 
 class ModelTask:

@@ -1,4 +1,4 @@
-"""Training with codes fixed: steps at a falling rate, measurements, and what was best is kept.
+"""Training what is stored: steps at a falling rate, measurements, and what was best is kept.
 
     train       numbers as offsets from what is stored (quantize/trainable.py), by Adam in fp32 on
                 batches of windows, at a rate that falls as a cosine does
@@ -30,6 +30,7 @@ from ..format.matrix import SpqrMatrix
 from ..quantize.trainable import StoredNumbers, TrainableMatrix
 
 __all__ = [
+    "MEASUREMENTS",
     "MOST_HELD_BACK",
     "Best",
     "Task",
@@ -45,7 +46,6 @@ __all__ = [
 HELD_BACK_SHARE = 8  # one window in so many measures
 MOST_HELD_BACK = 16
 MEASUREMENTS = 10
-PATIENCE = 3  # measurements in a row without a better one, behind which training ends
 BETAS = (0.9, 0.95)
 
 Scaler = torch.amp.GradScaler
@@ -59,12 +59,14 @@ class Tuning:
     windows         of calibration text; the last ones are held back
     seed            of the order of windows
     learning_rate   at first: the share of its own size by which a step changes a number
+    patience        measurements in a row without a better one, behind which training ends
     """
 
     steps: int
     windows: int
     seed: int = 0
     learning_rate: float = 1e-3
+    patience: int = 3
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -212,7 +214,7 @@ def train(task: Task, tuning: Tuning, batches: Iterable[Sequence[int]], scaler: 
         if tuning.measures_after(step + 1):
             best.offer(task.measure(), step + 1)
             task.show(step + 1, best)
-            if best.misses == PATIENCE:
+            if best.misses == tuning.patience:
                 break
     best.restore()
     return best

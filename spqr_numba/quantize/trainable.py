@@ -1,4 +1,4 @@
-"""A compressed weight as something to train: its codes fixed, its fp16 numbers variables.
+"""A compressed weight as something to train: its fp16 numbers are variables, its codes may be.
 
     value    = start + size * offset       start: as stored; offset: fp32, trained from 0 on
     stored   = fp16(value)                 less the smaller of step and base, as layout.py has it
@@ -8,7 +8,10 @@
 Forward this is `dequantize` in torch, bit for bit: the product of a code and an fp16 number is
 exact in fp32, so that a product and a sum make the rule's fused operation. Backward, every rounding
 passes gradients on as if it were none (straight through). `size` is about what moves the weights
-that a number is for by their own size, so that one learning rate suits every kind.
+that a number is for by their own size, so that one learning rate suits every kind. A code that is
+trained has a place between its neighbours, and is the nearest integer:
+
+    code     = round(clamp(code as stored + size * offset))
 """
 
 from __future__ import annotations
@@ -21,11 +24,15 @@ from torch.nn.functional import pad
 
 from ..format.layout import UNQUANTIZED_BITS
 from ..format.matrix import SpqrMatrix
-from ..format.packing import unpack_codes, unpack_statistics
+from ..format.packing import pack_codes, unpack_codes, unpack_statistics
 from ..kernels.bilevel import BASE_BELOW_STEP, STEP_BELOW_BASE
 from ..kernels.dequantize import stored_order
 
 __all__ = ["StoredNumbers", "TrainableMatrix"]
+
+
+NEAREST = 0.45  # of a code: what error propagation moved farther begins on its side of the middle
+CODE_SIZE = 10.0  # a code moves by so many codes where a statistic moves by all of its size
 
 
 class _Replaced(torch.autograd.Function):
@@ -151,7 +158,8 @@ class BilevelStatistic(nn.Module):
 
 
 class TrainableMatrix(nn.Module):
-    """An SpqrMatrix whose codes, outlier positions and order stay, and all else is trained.
+    """An SpqrMatrix whose outlier positions and order stay, its codes too unless `train_codes` is
+    called, and all else is trained.
 
     Called, it gives fp32 [m, n], columns in the layer's own order: `dequantize(self.stored())`.
     """
@@ -166,6 +174,7 @@ class TrainableMatrix(nn.Module):
         codes = unpack_codes(matrix["codes"], spec.bits, spec.in_features)
         codes = pad(codes, (0, 0, 0, spec.groups * spec.group_size - spec.in_features))
         self.register_buffer("codes", codes.unflatten(0, (-1, spec.group_size)))
+        self.offset: nn.Parameter | None = None
         self.register_buffer("columns", stored_order(matrix).argsort())
         self.scale = self._statistic("scale", spec.scale_bits, None)
         self.zero = self._statistic("zero", spec.zero_bits, (2**spec.bits - 1) / 2)
@@ -183,12 +192,37 @@ class TrainableMatrix(nn.Module):
     def forward(self) -> torch.Tensor:
         """W_hat."""
         spec = self.matrix.spec
-        weights = self.scale()[:, None] * (self.codes - self.zero()[:, None])
+        weights = self.scale()[:, None] * (self.chosen_codes() - self.zero()[:, None])
         columns = weights.flatten(0, 1)[: spec.in_features]
         if self.outliers is not None:
             columns = columns.flatten().index_add(0, self.positions, self.outliers())
             columns = columns.unflatten(0, (-1, spec.out_features))
         return _Reordered.apply(columns, self.columns).T
+
+    @torch.no_grad()
+    def train_codes(self, weight: torch.Tensor) -> None:
+        """Train the codes too, each of which begins as near to the next as `weight` is.
+
+        weight [m, n], any float dtype: what was compressed. Outliers stay where they are.
+        """
+        spec = self.matrix.spec
+        columns = weight.float().T.index_select(0, stored_order(self.matrix))
+        if self.outliers is not None:
+            columns = columns.flatten().index_add(0, self.positions, -self.outliers())
+            columns = columns.unflatten(0, (-1, spec.out_features))
+        columns = pad(columns, (0, 0, 0, spec.groups * spec.group_size - spec.in_features))
+        scale = self.scale()[:, None]
+        place = columns.unflatten(0, (-1, spec.group_size)) / scale + self.zero()[:, None]
+        apart = torch.where(scale == 0, 0, place - self.codes).clamp(-NEAREST, NEAREST)
+        self.offset = nn.Parameter(apart / CODE_SIZE)
+
+    def chosen_codes(self) -> torch.Tensor:
+        """The codes: fp32 integers where they are trained, uint8 where they stay."""
+        if self.offset is None:
+            return self.codes
+        place = self.codes + CODE_SIZE * self.offset
+        place = place.clamp(0, 2**self.matrix.spec.bits - 1)
+        return _Replaced.apply(place, place.detach().round())
 
     @torch.no_grad()
     def stored(self) -> SpqrMatrix:
@@ -197,6 +231,10 @@ class TrainableMatrix(nn.Module):
         if self.outliers is not None:
             numbers["outlier_values"] = self.outliers()
         tensors = {name: number.half() for name, number in numbers.items()}
+        if self.offset is not None:
+            codes = self.chosen_codes().to(torch.uint8).flatten(0, 1)
+            spec = self.matrix.spec
+            tensors["codes"] = pack_codes(codes[: spec.in_features], spec.bits)
         return SpqrMatrix(self.matrix.spec, dict(self.matrix.tensors) | tensors)
 
 

@@ -109,6 +109,20 @@ def test_each_tuning_of_the_model_makes_a_point(
     tuned = measure(load_model(str(tmp_path / "tuned"))[0], texts)
     assert points[1].perplexity == tuned.perplexity
     assert points[1].bits == points[0].bits
+    codes = list(
+        sweep(
+            dense,
+            SETTINGS,
+            texts,
+            tmp_path,
+            tune_model=[0, 2],
+            tune_codes=True,
+            dense=False,
+            **quick,
+        )
+    )
+    assert [p.name for p in codes] == ["paper", "paper, tune model 2 with codes", "RTN"]
+    assert [p.tune_codes for p in codes] == [False, True, False]
 
 
 def test_each_target_makes_a_point_where_outliers_are_kept_and_one_survey_serves_all(

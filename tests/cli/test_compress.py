@@ -105,6 +105,7 @@ def test_tuning_the_model_is_said_and_shown(
     ("options", "code", "message"),
     [
         ("--tune -1", 2, "-1 is not in the range x>=0"),
+        ("--tune-codes", 1, "give tune_model"),
         ("--tune 5 --nsamples 1", 1, "trains on some windows and measures on others"),
     ],
 )

@@ -72,6 +72,7 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     line += " --outlier-threshold 0.2,none --true-sequential on,off --skip gate --no-dense"
     line += (
         " --calibration-nsamples 7 --seqlen 64 --nsamples 2 --seed 3,4 --tune 0,9 --tune-model 7"
+        " --tune-codes"
     )
     result = run(line + " --target-bits 3.5,4 --per-layer")
     assert result.exit_code == 0, result.output
@@ -82,7 +83,8 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     assert (asked["model"], asked["out"]) == (None, tmp_path / "out")
     assert asked["texts"]["manual"].shape == (2, 64)
     assert (asked["dataset"], asked["nsamples"], asked["seqlen"]) == (None, 7, 64)
-    assert (asked["seeds"], asked["tune"], asked["tune_model"]) == ((3, 4), (0, 9), (7,))
+    assert (asked["seeds"], asked["tune"]) == ((3, 4), (0, 9))
+    assert (asked["tune_model"], asked["tune_codes"]) == ((7,), True)
     assert asked["targets"] == [Target(3.5, per_layer=True), Target(4, per_layer=True)]
     assert (asked["dense"], asked["device"]) == (False, "cpu")
 

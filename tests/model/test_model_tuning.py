@@ -81,7 +81,8 @@ def divergence(folder: Path, dense_folder: Path, text_file: Path, steps: int = S
     """Nats a token on the windows that are held back, of two loaded models."""
     (model, tokenizer), (dense, _) = load_model(str(folder)), load_model(str(dense_folder))
     tokens = load_tokens(str(text_file), tokenizer)
-    tuning = model_tuning(steps, BATCH, 0, text=len(tokens) // LENGTH, length=LENGTH)
+    text = len(tokens) // LENGTH
+    tuning = model_tuning(steps, BATCH, 0, codes=False, text=text, length=LENGTH)
     windows = sample_windows_apart(tokens, tuning.trained, tuning.held_back, LENGTH, seed=0)
     held_back = windows[tuning.trained :]
     predicted, target = (m(held_back).logits.log_softmax(-1) for m in (model, dense))
@@ -133,6 +134,33 @@ def test_codes_stay_and_the_rest_is_trained(
     assert {name.rpartition(".")[2] for name in moved - norms} <= TRAINED
     assert any(name.startswith("model.layers.0.mlp.up_proj.") for name in moved)
     assert report.bits == plain.bits
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_codes_are_trained_too_where_that_is_wanted(
+    config: SpqrConfig,
+    folder_of: FolderOf,
+    run: Run,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LEARNING_RATE", 2e-3)  # so few steps move no code at a lower one
+    folder = folder_of("llama")
+    report = run(folder, config=config, tune_codes=True)
+    plain = run(folder, "plain", config, tune_model=0)
+    assert report.model is not None
+    after = divergence(report.out, folder, text_file)
+    assert report.model.error_after == pytest.approx(after, rel=1e-3)
+    assert after < report.model.error_before
+    moved = {name.rpartition(".")[2] for name in changed(plain.out, report.out)}
+    assert moved <= {*TRAINED, "codes", "weight"}
+    assert "codes" in moved
+    assert report.bits == plain.bits
+
+
+def test_codes_alone_are_not_trained(folder_of: FolderOf, run: Run) -> None:
+    with pytest.raises(ConfigError, match="give tune_model"):
+        run(folder_of("llama"), tune_model=0, tune_codes=True)
 
 
 def test_steps_that_do_not_help_leave_all_as_it_was(
@@ -226,10 +254,14 @@ def test_it_is_told_in_a_file(folder_of: FolderOf, run: Run) -> None:
 
 
 def test_every_step_has_windows_of_its_own_as_far_as_there_is_text() -> None:
-    assert model_tuning(10, 8, 0, text=1000, length=512).windows == 96
-    assert model_tuning(10, 8, 0, text=30, length=512).windows == 60
-    assert model_tuning(10**6, 8, 0, text=10**6, length=512).windows == 1024
-    assert model_tuning(1, 1, 0, text=0, length=2**20).windows == 2
+    assert windows_for(10, 8, text=1000, length=512) == 96
+    assert windows_for(10, 8, text=30, length=512) == 60
+    assert windows_for(10**6, 8, text=10**6, length=512) == 1024
+    assert windows_for(1, 1, text=0, length=2**20) == 2
+
+
+def windows_for(steps: int, batch_size: int, **text: int) -> int:
+    return model_tuning(steps, batch_size, 0, codes=False, **text).windows
 
 
 def test_steps_below_none_are_refused(folder_of: FolderOf, run: Run) -> None:
@@ -237,11 +269,26 @@ def test_steps_below_none_are_refused(folder_of: FolderOf, run: Run) -> None:
         run(folder_of("llama"), tune_model=-1)
 
 
+def test_a_model_too_large_to_be_kept_decoded_runs_each_block_again(
+    folder_of: FolderOf, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = run(folder_of("llama"), "kept")
+    monkeypatch.setattr(module, "KEPT_WEIGHTS", 0)
+    again = run(folder_of("llama"), "again")
+    assert kept.model is not None
+    assert again.model is not None
+    assert again.model.error_after == pytest.approx(kept.model.error_after, rel=1e-3)
+    assert again.model.steps
+
+
 @pytest.mark.gpu
-def test_on_a_gpu(folder_of: FolderOf, run: Run) -> None:
+@pytest.mark.parametrize("codes", [False, True], ids=["codes stay", "codes too"])
+def test_on_a_gpu(codes: bool, folder_of: FolderOf, run: Run) -> None:
     """The same bytes from run to run, wherever the dense model's states are."""
-    on_gpu = run(folder_of("llama"), "gpu", device="cuda")
-    off_loaded = run(folder_of("llama"), "off", device="cuda", offload_activations=True)
+    on_gpu, off_loaded = (
+        run(folder_of("llama"), str(off), device="cuda", tune_codes=codes, offload_activations=off)
+        for off in (False, True)
+    )
     assert on_gpu.model is not None
     assert on_gpu.model.error_after < on_gpu.model.error_before
     assert tensors_of(on_gpu.out) == tensors_of(off_loaded.out)

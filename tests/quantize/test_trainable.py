@@ -69,6 +69,48 @@ def test_trained_is_what_will_be_stored(name: str, size: float, device: torch.de
     assert changed == {b for b, t in matrix.tensors.items() if t.is_floating_point() and t.numel()}
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [0.0, 0.03, 3.0], ids=["at first", "near", "far"])
+def test_codes_that_are_trained_are_what_will_be_stored(
+    name: str, size: float, device: torch.device
+) -> None:
+    matrix = build(name).to(device)
+    trainable = TrainableMatrix(matrix)
+    random = torch.Generator().manual_seed(2)
+    weight = dequantize(matrix).cpu()
+    trainable.train_codes((weight + torch.randn(weight.shape, generator=random)).to(device))
+    if not size:
+        assert torch.equal(trainable(), dequantize(matrix))
+        assert torch.equal(trainable.stored()["codes"], matrix["codes"])
+    disturb(trainable, size)
+    stored = trainable.stored()
+    assert torch.equal(trainable(), dequantize(stored))
+    if size and name != "one weight":
+        assert not torch.equal(stored["codes"], matrix["codes"])
+    for buffer in ("scale_codes", "zero_codes", "outlier_columns", "permutation"):
+        assert buffer not in matrix.tensors or stored[buffer] is matrix[buffer]
+
+
+def test_codes_begin_where_the_weight_is_and_go_where_the_gradient_leads() -> None:
+    matrix = build("ragged")
+    trainable = TrainableMatrix(matrix)
+    with torch.no_grad():
+        scale = trainable.scale().repeat_interleave(matrix.spec.group_size, 0)[:75].T
+        scale = scale[:, stored_order(matrix).argsort()]
+        wanted = dequantize(matrix) + 0.3 * scale
+    trainable.train_codes(wanted)
+    assert trainable.offset is not None
+    places = (10 * trainable.offset.detach()).flatten(0, 1)[:75]
+    kept = scale.T[stored_order(matrix)] != 0
+    torch.testing.assert_close(places[kept], torch.full_like(places, 0.3)[kept], rtol=0, atol=1e-3)
+    (trainable() - dequantize(matrix) - scale).square().sum().backward()
+    with torch.no_grad():
+        trainable.offset -= 0.03 * trainable.offset.grad.sign()  # 0.3 + 0.3 codes: the next one
+    step = trainable().detach() - dequantize(matrix)
+    assert ((step - scale).abs() < 1e-3 * scale.abs()).float().mean() > 0.5
+    assert (step.abs() <= 1.001 * scale.abs()).all()
+
+
 @pytest.mark.parametrize(
     "config",
     [
