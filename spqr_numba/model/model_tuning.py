@@ -54,7 +54,7 @@ __all__ = ["ModelTuner", "Shards", "TunedModel", "model_tuning"]
 
 LEARNING_RATE = 5e-4
 MOST_TOKENS = 2**19  # of which a state of the dense model is kept
-KEPT_WEIGHTS = 2**28  # up to which nothing is decoded twice; with all that gradients need, 10 GB
+KEPT_WEIGHTS = 2**28  # up to which no block runs twice; all that gradients need is some 10 GB
 POSITIONS = 512  # whose logits are in float32 at once
 
 Shards = Callable[[int], Mapping[str, torch.Tensor]]
