@@ -44,12 +44,12 @@ from .many_spec import (
 )
 from .many_tile_cuda import (
     ahead_copier,
-    patch_clearer,
-    run_opener,
     strip_runner,
     tile_finder,
+    tile_run_opener,
     unit_copier,
 )
+from .patch_cuda import patch_clearer
 from .prepared import UNIT_OCTETS
 from .ptx import (
     copies_done,
@@ -86,7 +86,7 @@ def many_kernel(spec: ManySpec) -> Any:
     """
     nothing: Any = (np.float32(0),) * (spec.inputs // 2)
     segment_units = SEGMENT_COLUMNS // spec.unit.columns
-    tile_of, start, open_run = tile_finder(spec), starting_function(spec), run_opener(spec)
+    tile_of, start, open_run = tile_finder(spec), starting_function(spec), tile_run_opener(spec)
     run_unit, put_sums = unit_function(spec), sums_writer(spec.result_floats)
     write, all_products_done = result_writer(spec), products_done(0)
 
@@ -142,7 +142,8 @@ def kept(zero):
 def starting_function(spec: ManySpec) -> Any:
     """start(weight, tile, staged, first, end, zero): what the first strips need is there, or on its
     way. The inputs come from the kernel before this one."""
-    copy_unit, clear_patch, wait = unit_copier(spec), patch_clearer(spec), copies_done(0)
+    copy_unit, clear_patch, wait = unit_copier(spec), patch_clearer(spec.patch), copies_done(0)
+    outliers = spec.outliers
     fetch, fetch_next = input_fetcher(spec, 0), input_fetcher(spec, 1)
     full, empty, warps = spec.full(0), spec.empty(0), spec.warp_count
 
@@ -160,7 +161,8 @@ def starting_function(spec: ManySpec) -> Any:
             make_barriers(zero)
         copy_unit(weight, tile, first, end)
         end_of_copies()
-        clear_patch(tile)
+        if outliers:
+            clear_patch(tile.own, tile.lane)
         cuda.syncthreads()
         wait_for_dependencies()
         if tile.warp == 0 and tile.lane == 0:

@@ -5,7 +5,7 @@
     place          int32  [3]                                       of the block among all
     B              fp16   [stages, columns / 8, inputs / 8, 8, 8]   x' of a strip
     of each warp:
-    patch          fp16   [group_size / 8, 16, 4, 8]                outliers of a strip
+    patch          fp16   [1, group_size / 8, 16, 4, 8]             patch_cuda.py; of a strip
     blocks         bytes  [2, block]                                codes
     statistics     bytes  [2, statistics of a unit]
     runs           bytes  [2, run]                                  as much of them as has room
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .bulk_cuda import BARRIER_BYTES
+from .patch_spec import PatchSpec
 from .prepared import LANES, UNIT_GROUPS
 from .runs import TILE_ROWS
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, UnitSpec
@@ -96,6 +97,11 @@ class ManySpec:
     def strip_bytes(self) -> int:
         """Of x'."""
         return self.columns // CORE_ROWS * self.b.column_step
+
+    @property
+    def patch(self) -> PatchSpec:
+        """How a strip's outliers are taken."""
+        return PatchSpec(self.unit.group_size, 1, self.run_bytes)
 
     @property
     def patch_bytes(self) -> int:

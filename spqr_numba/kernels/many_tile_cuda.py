@@ -2,7 +2,7 @@
 
 It copies the codes, statistics and runs of outliers of its sixteen rows ahead, into places of its
 own (many_spec.py), and makes a strip of them at a time: numbers in registers, the first operand of
-a product. Outliers go into a *patch* first, from which the lanes take what they add.
+a product, with what the strip's outliers add (patch_cuda.py).
 """
 
 from __future__ import annotations
@@ -12,29 +12,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .launch import numba_cuda
-from .many_spec import STRIP_GROUPS, ManySpec
+from .many_spec import ManySpec
+from .patch_cuda import outlier_putter, run_copier, run_opener
 from .prepared import ALL_LANES, LANES
-from .ptx import anew, clear_shared, copier, load_int32, shared_int32, shared_uint16
-from .ptx import to_shared_uint16 as put_half
-from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
-from .stream_cuda import run_of
+from .ptx import anew, copier
+from .runs import SEGMENT_COLUMNS
 from .strip_cuda import strip_multiplier
-from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES
+from .unit_cuda import LOAD_BYTES
 
 __all__ = [
     "Tile",
     "ahead_copier",
-    "patch_clearer",
-    "run_opener",
     "strip_runner",
     "tile_finder",
+    "tile_run_opener",
     "unit_copier",
 ]
 
 cuda = numba_cuda()
 
-QUAD_BYTES = STRIP_GROUPS * LOAD_BYTES  # of a row in the patch
-NO_ENTRY = 0xFFFF  # a column behind all others
 int32: Any = np.int32
 
 
@@ -63,11 +59,11 @@ def tile_finder(spec: ManySpec) -> Any:
 
 def strip_runner(spec: ManySpec, octet: int, half: int) -> Any:
     """multiply_strip(weight, tile, unit, inputs, sums, cursor) -> the last two, as they are behind
-    it: sums on their way, and the cursor of `run_opener`. inputs: shared address of B."""
+    it: sums on their way, and the cursor of `tile_run_opener`. inputs: shared address of B."""
     of_unit, in_unit = spec.unit, octet * 2 + half
     multiply = strip_multiplier(of_unit, octet, half, spec.outliers, spec.b)
     block_of, statistics_of = block_place(spec, octet // of_unit.octets), statistics_place(spec)
-    put, outliers = outlier_putter(spec, in_unit), spec.outliers
+    put, outliers = strip_putter(spec, in_unit), spec.outliers
 
     @cuda.jit(device=True, forceinline=True)
     def multiply_strip(weight, tile, unit, inputs, sums, cursor):
@@ -86,7 +82,7 @@ def strip_runner(spec: ManySpec, octet: int, half: int) -> Any:
 
 def unit_copier(spec: ManySpec) -> Any:
     """copy_unit(weight, tile, unit, end): all that the first strips need from a unit on."""
-    copy_statistics, copy_run = statistics_copier(spec), run_copier(spec)
+    copy_statistics, copy_run = statistics_copier(spec), tile_run_copier(spec)
     blocks, segment_of = spec.unit.blocks, segment_finder(spec)
     copy_block, copy_other = block_copier(spec, 0), block_copier(spec, 1 % blocks)
     later = 1 // blocks
@@ -108,7 +104,7 @@ def ahead_copier(spec: ManySpec, octet: int, half: int) -> Any:
     block, in_block = divmod(2 * octet + half, 2 * of_unit.octets)
     later, block_then = divmod(block + 2, of_unit.blocks)
     copy_block = block_copier(spec, block_then)
-    copy_statistics, copy_run = statistics_copier(spec), run_copier(spec)
+    copy_statistics, copy_run = statistics_copier(spec), tile_run_copier(spec)
     begins_unit, ends_block = octet == half == 0, in_block == 2 * of_unit.octets - 1
 
     @cuda.jit(device=True, forceinline=True)
@@ -215,107 +211,47 @@ def statistics_copier(spec: ManySpec) -> Any:
     return copy_statistics
 
 
-def run_copier(spec: ManySpec) -> Any:
-    """copy_run(weight, tile, segment): as much of a run as has room."""
-    run_in, room, copy_ahead = run_place(spec), spec.run_bytes, copier(0)
-    outliers = spec.outliers
+def tile_run_copier(spec: ManySpec) -> Any:
+    """copy_tile_run(weight, tile, segment): as much of a run as has room."""
+    run_in, copy_run, outliers = run_place(spec), run_copier(spec.patch), spec.outliers
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_run(weight, tile, segment):
+    def copy_tile_run(weight, tile, segment):
         if outliers:
-            start, loads = run_of(weight, tile.number, segment)
-            source, to = weight.runs + np.int64(start) * LOAD_BYTES, run_in(tile.own, segment)
-            at, end = int32(LOAD_BYTES * tile.lane), int32(min(LOAD_BYTES * loads, room))
-            while at < end:
-                copy_ahead(int32(to + at), source + at)
-                at = int32(at + LOAD_BYTES * LANES)
+            copy_run(weight, tile.number, segment, run_in(tile.own, segment), tile.lane)
 
-    return copy_run
+    return copy_tile_run
 
 
-# --- Outliers: two lanes a row, which take its entries in turns as the strips come to them
+# --- Outliers
 
 
-def patch_clearer(spec: ManySpec) -> Any:
-    """clear_patch(tile): the warp's patch, all of it."""
-    end, step_bytes = spec.patch_bytes, 8 * LANES
-
-    @cuda.jit(device=True, forceinline=True)
-    def clear_patch(tile):
-        at = int32(8 * tile.lane)
-        while at < end:
-            clear_shared(int32(tile.own + at))
-            at = int32(at + step_bytes)
-
-    return clear_patch
-
-
-def run_opener(spec: ManySpec) -> Any:
-    """open_run(weight, tile, unit) -> cursor: the lane's first entry from a unit on.
-
-    A cursor: the number of an entry in its run, the end of the row's, and the entry.
-    """
+def tile_run_opener(spec: ManySpec) -> Any:
+    """open_tile_run(weight, tile, unit) -> cursor of a unit's first column."""
     columns, segment_of, in_segment = spec.unit.columns, segment_finder(spec), SEGMENT_COLUMNS - 1
-    run_in, entry_at, outliers = run_place(spec), entry_reader(spec), spec.outliers
+    run_in, open_run, outliers = run_place(spec), run_opener(spec.patch), spec.outliers
 
     @cuda.jit(device=True, forceinline=True)
-    def open_run(weight, tile, unit):
-        k, end, row = int32(0), int32(0), int32(tile.lane >> 1)
+    def open_tile_run(weight, tile, unit):
         if not outliers:
-            return k, end, int32(NO_ENTRY)
-        segment = segment_of(unit)
+            return int32(0), int32(0), int32(0)
+        segment, first = segment_of(unit), int32(unit * columns & in_segment)
+        return open_run(weight, tile.number, segment, run_in(tile.own, segment), first, tile.lane)
+
+    return open_tile_run
+
+
+def strip_putter(spec: ManySpec, in_unit: int) -> Any:
+    """put_strip(weight, tile, unit, cursor) -> cursor: outliers of a unit's strip into the
+    patch."""
+    of_unit, in_segment, before = spec.unit.columns, SEGMENT_COLUMNS - 1, in_unit * spec.columns
+    put, segment_of, run_in = outlier_putter(spec.patch), segment_finder(spec), run_place(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_strip(weight, tile, unit, cursor):
+        now = anew(unit)
+        first, segment = int32((now * of_unit & in_segment) + before), segment_of(now)
         at = run_in(tile.own, segment)
-        if run_of(weight, tile.number, segment)[1]:
-            end = int32(shared_uint16(int32(at + HALF_BYTES * row)))
-            if row:
-                k = int32(shared_uint16(int32(at + HALF_BYTES * row - HALF_BYTES)))
-        k = int32(k + (tile.lane & 1))
-        first = int32(unit * columns & in_segment)
-        entry = entry_at(weight, tile, segment, k, end)
-        while int32(entry & HALF_MASK) < first:
-            k = int32(k + 2)
-            entry = entry_at(weight, tile, segment, k, end)
-        return k, end, entry
+        return put(weight, tile.number, segment, at, first, tile.own, tile.lane, cursor)
 
-    return open_run
-
-
-def entry_reader(spec: ManySpec) -> Any:
-    """entry_at(weight, tile, segment, k, end) -> entry k of a run; one behind all columns where the
-    row has no more."""
-    room, run_in = spec.run_bytes // WORD_BYTES - HEADER_WORDS, run_place(spec)
-
-    @cuda.jit(device=True, forceinline=True)
-    def entry_at(weight, tile, segment, k, end):
-        at = int32(run_in(tile.own, segment) + WORD_BYTES * HEADER_WORDS)
-        entry = shared_int32(int32(at + WORD_BYTES * min(k, int32(room - 1))))
-        if room <= k < end:
-            run = weight.runs + np.int64(run_of(weight, tile.number, segment)[0]) * LOAD_BYTES
-            entry = load_int32(run + WORD_BYTES * np.int64(HEADER_WORDS + k))
-        return entry if k < end else int32(NO_ENTRY)
-
-    return entry_at
-
-
-def outlier_putter(spec: ManySpec, in_unit: int) -> Any:
-    """put(weight, tile, unit, cursor) -> cursor: outliers of a unit's strip into the patch."""
-    columns, of_unit, entry_at = spec.columns, spec.unit.columns, entry_reader(spec)
-    of_group, segment_of = spec.unit.group_size - 1, segment_finder(spec)
-    group_shift, part_bytes = of_group.bit_length(), TILE_ROWS * QUAD_BYTES
-    in_segment, before = SEGMENT_COLUMNS - 1, in_unit * spec.columns
-
-    @cuda.jit(device=True, forceinline=True)
-    def put(weight, tile, unit, cursor):
-        first = int32((anew(unit) * of_unit & in_segment) + before)
-        own, behind = int32(tile.own + (tile.lane >> 1) * QUAD_BYTES), int32(first + columns)
-        k, end, entry = cursor
-        while int32(entry & HALF_MASK) < behind:
-            column = int32((entry & HALF_MASK) - first)
-            place = int32(own + (column >> group_shift) * LOAD_BYTES + (column & 7) * HALF_BYTES)
-            place = int32(place + ((column & of_group) >> 3) * part_bytes)
-            put_half(place, np.uint16(entry >> 16 & HALF_MASK))
-            k = int32(k + 2)
-            entry = entry_at(weight, tile, segment_of(unit), k, end)
-        return k, end, entry
-
-    return put
+    return put_strip

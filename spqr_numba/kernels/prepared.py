@@ -43,6 +43,7 @@ __all__ = ["PreparedMatrix", "can_prepare", "padded_columns", "prepare", "units_
 
 BLOCK_COLUMNS = 256
 LANES = 32
+QUAD = 4  # lanes of a row
 ALL_LANES = 0xFFFFFFFF  # a bit each
 QUARTERS = 4
 PAIRS = 16  # of a quarter in a block, and of statistics in a unit

@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import both, exact_codes
-from .prepared import OCTET, QUARTERS
+from .prepared import OCTET, QUAD, QUARTERS
 from .ptx import Ptx, i32
 from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed, unpacked
@@ -30,7 +30,6 @@ from .wgmma_cuda import STEP_WORDS, Tiled, start_step
 __all__ = ["Strip", "strip_multiplier"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
-QUAD = 4  # lanes of a row
 
 
 @cache
@@ -38,8 +37,8 @@ def strip_multiplier(spec: UnitSpec, octet: int, half: int, patched: bool, b: Ti
     """multiply(sums, codes, statistics, lane, patch, inputs) -> sums, on their way.
 
     sums: float32 tuple; codes, statistics: shared addresses of the octet's block and of the unit's
-    statistics; patch: of what is added to the strip where `patched` says so, fp16 [group_size / 8,
-    16 rows, 4 lanes t, 8], all zeros behind it; inputs: of the strip's B.
+    statistics; patch: of what is added to the strip (patch_cuda.py) where `patched` says so, all
+    zeros behind it; inputs: of the strip's B.
     """
 
     @intrinsic

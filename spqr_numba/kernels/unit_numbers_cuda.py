@@ -18,12 +18,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
-from .prepared import LANES, OCTET, QUARTERS
+from .prepared import LANES, OCTET, QUAD, QUARTERS
 from .ptx import Ptx, f32, i32, i64
 from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 
-__all__ = ["Copying", "loaded_words", "owners", "unit_writer"]
+__all__ = ["Copying", "loaded_words", "owners", "part_writer"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
 MOST_COLUMNS = 128  # of which a warp copies a row, or more, at once
@@ -45,7 +45,12 @@ class Copying:
     @property
     def columns(self) -> int:
         """That go at once."""
-        return self.halves * OCTET // 2 * self.spec.group_size
+        return self.halves * QUAD * self.spec.group_size
+
+    @property
+    def parts(self) -> int:
+        """Of a unit, that go one after the other."""
+        return self.spec.columns // self.columns
 
     @property
     def loads(self) -> int:
@@ -69,32 +74,38 @@ class Copying:
 
 
 @cache
-def unit_writer(spec: UnitSpec, dtype: torch.dtype) -> Any:
-    """write_unit(unit, lane, between, out, step, rows, columns): a unit, to global memory.
+def part_writer(spec: UnitSpec, dtype: torch.dtype, part: int, patched: bool) -> Any:
+    """write_part(unit, lane, patch, between, out, step, rows, columns): to global memory, of a unit
+    what goes at once for the `part`-th time.
 
-    unit, between: shared addresses of its bytes and of what an octet passes through; out: address
-    of the first 16 bytes that the lane copies; step: bytes from there to the next; rows, columns:
-    how many there are from these on.
+    unit, patch, between: shared addresses of its bytes, of what is added where `patched` says so
+    (patch_cuda.py; all zeros behind it), and of what numbers pass through; out: address of the
+    first 16 bytes of the unit that the lane copies; step: bytes from there to the next; rows,
+    columns: how many there are from these on.
     """
 
     @intrinsic
-    def write_unit(typingctx, unit, lane, between, out, step, rows, columns):
+    def write_part(typingctx, unit, lane, patch, between, out, step, rows, columns):
         def codegen(context, builder, signature, arguments):
-            UnitOfNumbers(Ptx(builder), Copying(spec, dtype), *arguments).write()
+            unit, lane, patch, *rest = arguments
+            given = unit, lane, patch if patched else None, *rest
+            UnitOfNumbers(Ptx(builder), Copying(spec, dtype), *given).write(part)
             return context.get_dummy_value()
 
         words, addresses = types.int32, types.int64
-        return types.none(*(words,) * 3, addresses, addresses, words, words), codegen
+        return types.none(*(words,) * 4, addresses, addresses, words, words), codegen
 
-    return write_unit
+    return write_part
 
 
 class UnitOfNumbers(Unit):
-    """A whole unit, to global memory."""
+    """A unit, to global memory."""
 
-    def __init__(self, ptx, copying, unit, lane, between, out, step, rows, columns) -> None:
+    def __init__(self, ptx, copying, unit, lane, patch, between, out, step, rows, columns) -> None:
         super().__init__(ptx, copying.spec, unit, lane)
         self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
+        own = self.times(lane, LOAD_BYTES)
+        self.patch = None if patch is None else self.builder.add(patch, own)
         self.copying, self.out, self.step = copying, out, step
         self.rows, self.columns = rows, columns
         row, place = self.builder.lshr(lane, i32(2)), self.times(self.in_quad, self.group_bytes)
@@ -115,30 +126,44 @@ class UnitOfNumbers(Unit):
         """Of a row."""
         return self.copying.spec.group_size * self.copying.dtype.itemsize
 
-    def write(self) -> None:
-        """Block by block, octet by octet."""
-        spec = self.spec
-        for block in range(spec.blocks):
-            words = loaded_words(self, self.at(self.codes, block * spec.block_bytes))
-            for octet in range(spec.octets):
-                statistics = self.decoded(block * spec.octets + octet)
-                for half in range(0, 2, self.copying.halves):
-                    halves = range(half, half + self.copying.halves)
-                    self.put_halves(words, octet, halves, statistics)
-                    self.ptx.meet_warp()
-                    self.copy((2 * (block * spec.octets + octet) + half) // self.copying.halves)
-                    self.ptx.meet_warp()
+    def write(self, part: int) -> None:
+        """What goes at once for the part-th time."""
+        halves = self.copying.halves
+        number, half = divmod(part * halves, 2)
+        block, octet = divmod(number, self.spec.octets)
+        words = loaded_words(self, self.at(self.codes, block * self.spec.block_bytes))
+        self.put_halves(words, octet, range(half, half + halves), self.decoded(number))
+        self.ptx.meet_warp()
+        self.copy(part)
+        self.ptx.meet_warp()
 
     def put_halves(self, words: list, octet: int, halves: range, statistics: list) -> None:
         """To shared memory, a group of a row at a time."""
         for half in halves:
             for row in range(2):
                 scale, zero = (self.own(word, half) for word in statistics[row])
-                numbers = self.rounded(self.numbers(words, octet, half, row, scale, zero))
-                first = 8 * row * self.copying.row_bytes + 4 * (half - halves[0]) * self.group_bytes
+                numbers = self.numbers(words, octet, half, row, scale, zero)
+                place = half - halves[0]
+                numbers = self.rounded(self.patched(numbers, place, row))
+                first = 8 * row * self.copying.row_bytes + 4 * place * self.group_bytes
                 for i in range(0, len(numbers), LOAD_WORDS):
-                    place = self.at(self.to, first + i * WORD_BYTES)
-                    self.ptx.store_shared(place, numbers[i : i + LOAD_WORDS])
+                    at = self.at(self.to, first + i * WORD_BYTES)
+                    self.ptx.store_shared(at, numbers[i : i + LOAD_WORDS])
+
+    def patched(self, numbers: list[ir.Value], half: int, row: int) -> list[ir.Value]:
+        """float32 weights of a group with its outliers, which are taken: zeros are there then."""
+        if self.patch is None:
+            return numbers
+        sums, parts = [], len(numbers) // OCTET
+        for part in range(parts):
+            place = ((half * parts + part) * TILE_ROWS + row * OCTET) * QUAD * LOAD_BYTES
+            place = self.at(self.patch, place)
+            words = self.ptx.load_shared(place)
+            self.ptx.store_shared(place, [i32(0)] * LOAD_WORDS)
+            outliers = [value for word in words for value in self.ptx.floats(word)]
+            own = numbers[part * OCTET : (part + 1) * OCTET]
+            sums += [self.builder.fadd(*pair) for pair in zip(own, outliers, strict=True)]
+        return sums
 
     def copy(self, number: int) -> None:
         """To global memory, what is there of what goes at once."""

@@ -35,6 +35,7 @@ KERNELS = (
     "several_cuda",
     "prepared_cuda",
     "matmul_cuda",
+    "patch_cuda",
     "many_tile_cuda",
     "many_results_cuda",
     "many_cuda",
@@ -145,7 +146,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         },
         "unit_numbers_cuda": constants
         | {
-            "unit_writer": unit_writer,
+            "part_writer": part_writer,
         },
         "strip_cuda": {
             "i32": constants["i32"],
@@ -605,15 +606,17 @@ def unit_multiplier(spec: Any, kind: Any) -> Callable[..., Any]:
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)
 
 
-def unit_writer(spec: Any, dtype: Any) -> Callable[..., None]:
-    """unit_numbers_cuda.unit_writer."""
+def part_writer(spec: Any, dtype: Any, part: int, patched: bool) -> Callable[..., None]:
+    """unit_numbers_cuda.part_writer."""
     from spqr_numba.kernels.unit_numbers_cuda import Copying, UnitOfNumbers
 
     def run(memory: np.ndarray, given: list[Any]) -> list[None]:
         parts = [np.array(part) for part in zip(*given, strict=True)]
-        words = [part if i in (3, 4) else part.astype(WORD) for i, part in enumerate(parts)]
+        words = [part if i in (4, 5) else part.astype(WORD) for i, part in enumerate(parts)]
+        if not patched:
+            words[2] = None
         with np.errstate(all="ignore"):
-            UnitOfNumbers(Instructions(memory), Copying(spec, dtype), *words).write()
+            UnitOfNumbers(Instructions(memory), Copying(spec, dtype), *words).write(part)
         return [None] * LANES
 
     return lambda *given: here.warp.together(partial(run, here.block.memory), given)

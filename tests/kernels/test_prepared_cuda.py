@@ -84,6 +84,16 @@ def test_fits_into_every_gpu(group_size: int, bits: int, dtype: torch.dtype) -> 
         assert room.shared_bytes(UnitSpec(bits, bits, group_size), dtype) <= 97 * 1024
 
 
+def test_a_run_without_room_emulated() -> None:
+    """More outliers than are copied beside a unit, and none at all."""
+    for outliers in (200, None):
+        matrix = random_matrix(make_spec(20, 300), outliers)
+        with emulated("late", "prepared_cuda") as prepared_cuda:
+            assert outliers is None or 16 * outliers * 4 > prepared_cuda.RUN_BYTES
+            decoded = prepared_cuda.dequantize_stored(prepare(matrix), torch.float16)
+        assert torch.equal(decoded, expected(matrix, torch.float16))
+
+
 @needs_numba_cuda
 @each_capability
 @pytest.mark.parametrize("group_size", [16, 32])
@@ -95,7 +105,7 @@ def test_ptx(
     from spqr_numba.kernels.prepared_cuda import SIGNATURE, dequantize_kernel
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, group_size), dtype)
+    kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, group_size), dtype, True)
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
     assert "st.global.v4.b32" in ptx
