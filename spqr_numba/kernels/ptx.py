@@ -115,13 +115,8 @@ class Ptx:
         """Wait for the warp, and see what its lanes have written."""
         self.emit("bar.warp.sync 0xffffffff", "~{memory}", [], [], ordered=True)
 
-    def of_quad(self, word: ir.Value, lane: int) -> ir.Value:
-        """The word that a lane of the own four has."""
-        text = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff"
-        return self.emit(text, "=r,r", [WORD], [word], ordered=True)
-
     def of_quad_lane(self, word: ir.Value, lane: ir.Value) -> ir.Value:
-        """`of_quad`, of a lane that each lane chooses."""
+        """The word that a lane of the own four has, which each lane chooses."""
         text = "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff"
         return self.emit(text, "=r,r,r", [WORD], [word, lane], ordered=True)
 

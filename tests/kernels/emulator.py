@@ -781,10 +781,6 @@ class Instructions:
     def meet_warp(self) -> None:
         """Nothing: lanes do everything together."""
 
-    def of_quad(self, word: np.ndarray, lane: int) -> np.ndarray:
-        """The word of a lane of each four."""
-        return word.reshape(-1, 4)[:, lane].repeat(4)
-
     def of_quad_lane(self, word: np.ndarray, lane: np.ndarray) -> np.ndarray:
         """The word of a lane of the own four."""
         return word[np.arange(LANES) // 4 * 4 + lane.astype(np.int64)]
