@@ -21,15 +21,14 @@ import torch
 
 from .bulk_cuda import BARRIER_BYTES
 from .patch_spec import PatchSpec
-from .prepared import LANES, UNIT_GROUPS
+from .prepared import LANES, QUAD, UNIT_GROUPS
 from .runs import TILE_ROWS
-from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, UnitSpec
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 from .wgmma_cuda import CORE_ROW_BYTES, CORE_ROWS, STEP_COLUMNS, Tiled
 
 __all__ = [
     "PLACE",
     "STAGES",
-    "STRIP_GROUPS",
     "UNIT_STRIPS",
     "ManySpec",
 ]
@@ -38,7 +37,7 @@ WARPS, FEW_WARPS = 16, 8
 MOST_OF_MANY_WARPS = {True: 128, False: 64}
 """Whether there are outliers -> inputs whose sums fit into the registers that each has then; with
 no outliers to wait for, the assembler holds more at once."""
-STRIP_GROUPS = 4
+STRIP_GROUPS = QUAD  # one a lane of a row
 UNIT_STRIPS = UNIT_GROUPS // STRIP_GROUPS
 STAGES = 4  # of B: a divisor of UNIT_STRIPS, so that each strip of a unit has one of its own
 PLACE = 64  # where a block's place is, behind the barriers
@@ -106,7 +105,7 @@ class ManySpec:
     @property
     def patch_bytes(self) -> int:
         """Of a strip's outliers."""
-        return HALF_BYTES * TILE_ROWS * self.columns if self.outliers else 0
+        return PatchSpec(self.unit.group_size, 1, 0).bytes if self.outliers else 0
 
     @property
     def statistics_bytes(self) -> int:

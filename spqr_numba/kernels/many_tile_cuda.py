@@ -13,7 +13,7 @@ import numpy as np
 
 from .launch import numba_cuda
 from .many_spec import ManySpec
-from .patch_cuda import outlier_putter, run_copier, run_opener
+from .patch_cuda import outlier_putter, run_copier, run_opener, segment_finder
 from .prepared import ALL_LANES, LANES
 from .ptx import anew, copier
 from .runs import SEGMENT_COLUMNS
@@ -83,7 +83,7 @@ def strip_runner(spec: ManySpec, octet: int, half: int) -> Any:
 def unit_copier(spec: ManySpec) -> Any:
     """copy_unit(weight, tile, unit, end): all that the first strips need from a unit on."""
     copy_statistics, copy_run = statistics_copier(spec), tile_run_copier(spec)
-    blocks, segment_of = spec.unit.blocks, segment_finder(spec)
+    blocks, segment_of = spec.unit.blocks, segment_finder(spec.unit.columns)
     copy_block, copy_other = block_copier(spec, 0), block_copier(spec, 1 % blocks)
     later = 1 // blocks
 
@@ -100,12 +100,12 @@ def unit_copier(spec: ManySpec) -> Any:
 
 def ahead_copier(spec: ManySpec, octet: int, half: int) -> Any:
     """copy_ahead(weight, tile, unit, end): into what a strip of a unit is the last to use."""
-    of_unit, segment_of = spec.unit, segment_finder(spec)
-    block, in_block = divmod(2 * octet + half, 2 * of_unit.octets)
+    of_unit, segment_of = spec.unit, segment_finder(spec.unit.columns)
+    block, in_block = divmod(2 * octet + half, spec.block_strips)
     later, block_then = divmod(block + 2, of_unit.blocks)
     copy_block = block_copier(spec, block_then)
     copy_statistics, copy_run = statistics_copier(spec), tile_run_copier(spec)
-    begins_unit, ends_block = octet == half == 0, in_block == 2 * of_unit.octets - 1
+    begins_unit, ends_block = octet == half == 0, in_block == spec.block_strips - 1
 
     @cuda.jit(device=True, forceinline=True)
     def copy_ahead(weight, tile, unit, end):
@@ -139,17 +139,6 @@ def statistics_place(spec: ManySpec) -> Any:
         return int32(own + first + (unit & 1) * statistics_bytes)
 
     return statistics_of
-
-
-def segment_finder(spec: ManySpec) -> Any:
-    """segment_of(unit) -> the segment that it is in."""
-    shift = (SEGMENT_COLUMNS // spec.unit.columns).bit_length() - 1
-
-    @cuda.jit(device=True, forceinline=True)
-    def segment_of(unit):
-        return int32(unit >> shift)
-
-    return segment_of
 
 
 def run_place(spec: ManySpec) -> Any:
@@ -228,7 +217,11 @@ def tile_run_copier(spec: ManySpec) -> Any:
 
 def tile_run_opener(spec: ManySpec) -> Any:
     """open_tile_run(weight, tile, unit) -> cursor of a unit's first column."""
-    columns, segment_of, in_segment = spec.unit.columns, segment_finder(spec), SEGMENT_COLUMNS - 1
+    columns, segment_of, in_segment = (
+        spec.unit.columns,
+        segment_finder(spec.unit.columns),
+        SEGMENT_COLUMNS - 1,
+    )
     run_in, open_run, outliers = run_place(spec), run_opener(spec.patch), spec.outliers
 
     @cuda.jit(device=True, forceinline=True)
@@ -245,7 +238,11 @@ def strip_putter(spec: ManySpec, in_unit: int) -> Any:
     """put_strip(weight, tile, unit, cursor) -> cursor: outliers of a unit's strip into the
     patch."""
     of_unit, in_segment, before = spec.unit.columns, SEGMENT_COLUMNS - 1, in_unit * spec.columns
-    put, segment_of, run_in = outlier_putter(spec.patch), segment_finder(spec), run_place(spec)
+    put, segment_of, run_in = (
+        outlier_putter(spec.patch),
+        segment_finder(spec.unit.columns),
+        run_place(spec),
+    )
 
     @cuda.jit(device=True, forceinline=True)
     def put_strip(weight, tile, unit, cursor):

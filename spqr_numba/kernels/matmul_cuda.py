@@ -19,7 +19,7 @@ from .prepared import LANES, UNIT_GROUPS, PreparedMatrix
 from .product_cuda import BLOCKS_PER_SM, FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
 from .runs import segments_of
 from .several_cuda import SEVERAL, several_kernel
-from .several_inputs_cuda import INPUTS_BEGIN
+from .several_inputs_cuda import INPUTS_BEGIN, MOST_INPUTS
 from .staging_cuda import ZERO_HALVES
 from .stream_cuda import KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, UnitSpec
@@ -34,7 +34,6 @@ __all__ = [
     "multiply_in_turns",
 ]
 
-MOST_INPUTS = 16
 LARGEST_DEPTH = 16  # of an mma
 ALIGNMENT = 128
 RINGS = {

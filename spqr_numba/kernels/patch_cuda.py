@@ -20,7 +20,7 @@ from .patch_spec import PatchSpec
 from .prepared import LANES, QUAD
 from .ptx import clear_shared, copier, load_int32, shared_int32, shared_uint16
 from .ptx import to_shared_uint16 as put_half
-from .runs import HALF_MASK, HEADER_WORDS, TILE_ROWS
+from .runs import HALF_MASK, HEADER_WORDS, SEGMENT_COLUMNS, TILE_ROWS
 from .stream_cuda import run_of
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES
 
@@ -29,6 +29,7 @@ __all__ = [
     "patch_clearer",
     "run_copier",
     "run_opener",
+    "segment_finder",
 ]
 
 cuda = numba_cuda()
@@ -36,6 +37,17 @@ cuda = numba_cuda()
 QUAD_BYTES = QUAD * LOAD_BYTES
 NO_ENTRY = 0xFFFF  # a column behind all others
 int32: Any = np.int32
+
+
+def segment_finder(unit_columns: int) -> Any:
+    """segment_of(unit) -> the segment that a unit is in."""
+    shift = (SEGMENT_COLUMNS // unit_columns).bit_length() - 1
+
+    @cuda.jit(device=True, forceinline=True)
+    def segment_of(unit):
+        return int32(unit >> shift)
+
+    return segment_of
 
 
 def patch_clearer(spec: PatchSpec) -> Any:

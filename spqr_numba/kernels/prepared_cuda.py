@@ -21,7 +21,7 @@ from numba import types
 
 from ..format.layout import ceil_div
 from .launch import Launcher, numba_cuda
-from .patch_cuda import outlier_putter, patch_clearer, run_copier, run_opener
+from .patch_cuda import outlier_putter, patch_clearer, run_copier, run_opener, segment_finder
 from .patch_spec import PatchSpec
 from .prepared import LANES, PreparedMatrix
 from .ptx import copies_done, divide, end_of_copies, shared_address
@@ -95,6 +95,7 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype, outliers: bool) -> Any
     copy_run, clear_patch, open_run = run_copier(patch), patch_clearer(patch), run_opener(patch)
     write_parts, run_bytes = parts_writer(spec, dtype, outliers), patch.run_bytes
     columns, in_segment = spec.columns, SEGMENT_COLUMNS - 1
+    segment_of = segment_finder(columns)
 
     @cuda.jit(launch_bounds=(WARPS * LANES, WARPS_PER_SM[spec.group_size] // WARPS))
     def kernel(weight, out, width):
@@ -106,8 +107,7 @@ def dequantize_kernel(spec: UnitSpec, dtype: torch.dtype, outliers: bool) -> Any
         unit, at = int32(index - tile * weight.units), int32(zero + warp * own_bytes)
         if tile < weight.tiles:
             run, first = int32(at + unit_bytes), int32(unit * columns & in_segment)
-            segment = divide(int32(unit * columns), int32(SEGMENT_COLUMNS))
-            cursor = int32(0), int32(0), int32(0)
+            segment, cursor = segment_of(unit), (int32(0), int32(0), int32(0))
             fill_unit(weight, tile, unit, at, lane)
             if outliers:
                 copy_run(weight, tile, segment, run, lane)
@@ -156,7 +156,7 @@ def part_function(spec: UnitSpec, dtype: torch.dtype, outliers: bool, part: int)
     copying = Copying(spec, dtype)
     put, write = outlier_putter(patch_of(spec, dtype)), part_writer(spec, dtype, part, outliers)
     unit_columns, before = spec.columns, part * copying.columns
-    segment_columns, in_segment = SEGMENT_COLUMNS, SEGMENT_COLUMNS - 1
+    segment_of, in_segment = segment_finder(unit_columns), SEGMENT_COLUMNS - 1
     last = part + 1 == copying.parts
     write_rest: Any = None if last else part_function(spec, dtype, outliers, part + 1)
 
@@ -165,8 +165,7 @@ def part_function(spec: UnitSpec, dtype: torch.dtype, outliers: bool, part: int)
         at, run, patch, between = places
         if outliers:
             first = int32((unit * unit_columns & in_segment) + before)
-            segment = divide(int32(unit * unit_columns), int32(segment_columns))
-            cursor = put(weight, tile, segment, run, first, patch, lane, cursor)
+            cursor = put(weight, tile, segment_of(unit), run, first, patch, lane, cursor)
             cuda.syncwarp()
         write(at, lane, patch, between, out, step, rows, columns)
         return cursor

@@ -44,6 +44,7 @@ from .unit_several_cuda import AT_ONCE, pair_summer
 __all__ = [
     "FACTORS",
     "INPUTS_BEGIN",
+    "MOST_INPUTS",
     "cluster_functions",
     "factor_finder",
     "several_stager",

@@ -63,7 +63,7 @@ def cores_kernel(spec: KernelSpec) -> Any:
     x: address of fp16 or bf16 [count, columns], `step` bytes from row to row; inputs from `count`
     on are zero. staged: address of x' as fp16 [blocks of inputs, columns padded to units / 8,
     inputs, 8]. Of each strip, four groups, the columns are in the order in which lanes have them
-    (`strip_decoder`): the i-th eight are columns 2i and 2i + 1 of each group.
+    (strip_cuda.py): the i-th eight are columns 2i and 2i + 1 of each group.
     """
     threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
     group_bytes = HALF_BYTES * spec.unit.group_size

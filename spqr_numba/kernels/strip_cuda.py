@@ -20,11 +20,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import both, exact_codes
-from .prepared import OCTET, QUAD, QUARTERS
+from .prepared import QUARTERS
 from .ptx import Ptx, i32
-from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed, unpacked
-from .unit_numbers_cuda import loaded_words, owners
+from .unit_numbers_cuda import loaded_words, owners, taken_words
 from .wgmma_cuda import STEP_WORDS, Tiled, start_step
 
 __all__ = ["Strip", "strip_multiplier"]
@@ -108,13 +107,8 @@ class Strip(Unit):
         return self.ptx.bytes_of(word, self.chosen)
 
     def patch_of(self, row: int, part: int) -> list[ir.Value]:
-        """Eight weights' of a row, taken: zeros are there behind it; none without a patch."""
-        if self.patch is None:
-            return []
-        place = self.at(self.patch, (part * TILE_ROWS + row * OCTET) * QUAD * LOAD_BYTES)
-        words = self.ptx.load_shared(place)
-        self.ptx.store_shared(place, [i32(0)] * LOAD_WORDS)
-        return words
+        """`taken_words`; none without a patch."""
+        return [] if self.patch is None else taken_words(self, self.patch, part, row)
 
     def patched(self, offset: ir.Value, patch: list[ir.Value], pair: int) -> ir.Value:
         """The offset of two weights, with what their patch adds."""

@@ -23,7 +23,7 @@ from .ptx import Ptx, f32, i32, i64
 from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 
-__all__ = ["Copying", "loaded_words", "owners", "part_writer"]
+__all__ = ["Copying", "loaded_words", "owners", "part_writer", "taken_words"]
 
 LOAD_WORDS = LOAD_BYTES // WORD_BYTES
 MOST_COLUMNS = 128  # of which a warp copies a row, or more, at once
@@ -156,10 +156,7 @@ class UnitOfNumbers(Unit):
             return numbers
         sums, parts = [], len(numbers) // OCTET
         for part in range(parts):
-            place = ((half * parts + part) * TILE_ROWS + row * OCTET) * QUAD * LOAD_BYTES
-            place = self.at(self.patch, place)
-            words = self.ptx.load_shared(place)
-            self.ptx.store_shared(place, [i32(0)] * LOAD_WORDS)
+            words = taken_words(self, self.patch, half * parts + part, row)
             outliers = [value for word in words for value in self.ptx.floats(word)]
             own = numbers[part * OCTET : (part + 1) * OCTET]
             sums += [self.builder.fadd(*pair) for pair in zip(own, outliers, strict=True)]
@@ -213,6 +210,15 @@ def owners(unit: Unit) -> tuple[tuple[ir.Value, ir.Value], ir.Value]:
     """Lanes of the quad that decode the groups t and t + 4, and whether as the second of two."""
     low = unit.builder.lshr(unit.in_quad, i32(1))
     return (low, unit.builder.add(low, i32(2))), unit.builder.and_(unit.in_quad, i32(1))
+
+
+def taken_words(unit: Unit, patch: ir.Value, part: int, row: int) -> list[ir.Value]:
+    """What a patch (patch_spec.py) has for eight weights of row g or g + 8, by twos; zeros are
+    there then. patch: shared address of the lane's 16 bytes."""
+    place = unit.at(patch, (part * TILE_ROWS + row * OCTET) * QUAD * LOAD_BYTES)
+    words = unit.ptx.load_shared(place)
+    unit.ptx.store_shared(place, [i32(0)] * LOAD_WORDS)
+    return words
 
 
 def loaded_words(unit: Unit, block: ir.Value) -> list[list[ir.Value]]:

@@ -201,7 +201,11 @@ class ModelTuner:
         """Train what `shards` hold. Raises ModelError where blocks cannot be run one by one."""
         started = time.perf_counter()
         dense = self._dense()
-        blocks = [self._block(index, shards(index)) for index in range(len(self.parts.blocks))]
+        again = self._weights() > KEPT_WEIGHTS
+        blocks = [
+            self._block(index, shards(index), again=again)
+            for index in range(len(self.parts.blocks))
+        ]
         try:
             with self.parts.outside(), reproducible(self.parts.device), torch.enable_grad():
                 task = ModelTask(self, blocks, dense)
@@ -231,11 +235,16 @@ class ModelTuner:
                 activations.advance(block, index)
         return activations
 
-    def _block(self, index: int, shard: Mapping[str, torch.Tensor]) -> CompressedBlock:
+    def _weights(self) -> int:
+        """How many are compressed."""
+        linears = (self.parts.model.get_submodule(name) for name in self.settings)
+        return sum(linear.weight.numel() for linear in linears)
+
+    def _block(
+        self, index: int, shard: Mapping[str, torch.Tensor], *, again: bool
+    ) -> CompressedBlock:
         inside = f"{self.parts.blocks.name(index)}."
         settings = {name: c for name, c in self.settings.items() if name.startswith(inside)}
-        linears = (self.parts.model.get_submodule(name) for name in self.settings)
-        again = sum(linear.weight.numel() for linear in linears) > KEPT_WEIGHTS
         return CompressedBlock(self.parts, index, settings, shard, codes=self.codes, again=again)
 
 
