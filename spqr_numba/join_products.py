@@ -1,6 +1,6 @@
 """A pass over a graph that torch.compile has traced: one product for linears that share an input.
 
-    q = matmul(x, part 1)               y = matmul_siblings(x, parts 1, 2 and 3)
+    q = matmul(x, part 1)               y = matmul_fused(x, parts 1, 2 and 3)
     k = matmul(x, part 2)      ->       q, k, v = slices of y
     v = matmul(x, part 3)
 
@@ -81,7 +81,7 @@ def join_products(graph: fx.Graph, products: Sequence[Product], first: fx.Node) 
     texts = [product.text for product in products]
     biases = [product.bias for product in products if product.bias is not None]
     with graph.inserting_before(first):
-        y = call(graph, operators.matmul_siblings.default, x, buffers, texts, biases)
+        y = call(graph, operators.matmul_fused.default, x, buffers, texts, biases, None, None)
         slices = [slice_of(graph, y, product.part) for product in products]
     for product, own in zip(products, slices, strict=True):
         product.node.replace_all_uses_with(own)

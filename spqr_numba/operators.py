@@ -1,17 +1,18 @@
 """The kernels as operators of torch: what torch.compile, torch.export and autograd see of them.
 
     spqr_numba::matmul(Tensor x, Tensor[] buffers, str layout, Tensor? bias) -> Tensor
-    spqr_numba::matmul_siblings(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases)
-        -> Tensor
+    spqr_numba::matmul_fused(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases,
+                             Tensor? beside, float? eps) -> Tensor
     spqr_numba::dequantize(Tensor[] buffers, str layout, ScalarType dtype) -> Tensor
 
 A weight travels as its buffers and a string that says what they are, so that a traced graph holds
 nothing but tensors and constants. The gradient goes to x (grad_y W_hat) and to the bias; the weight
 has none. An operator costs 10 to 20 microseconds a call, which `needs_operator` helps to save.
 
-`matmul_siblings` is what join_products.py makes of the products of one x with all parts of a whole
-(kernels/siblings.py), their outputs side by side; biases are one a part, or none. It has no
-gradient, as it comes into graphs that have theirs already.
+`matmul_fused` is what passes (product_passes.py) make of a product, or of those of one x with all
+parts of a whole (kernels/siblings.py), their outputs side by side; biases are one a part, or none.
+With `beside`, x is given as it was before a norm or a gate (kernels/feed.py). It has no gradient,
+as it comes into graphs that have theirs already.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from .format.layout import MatrixSpec
 from .format.matrix import SpqrMatrix
 from .kernels.dequantize import dequantize
+from .kernels.feed import Feed, matmul_fed
 from .kernels.matmul import matmul
 from .kernels.prepared import PreparedMatrix
 from .kernels.siblings import whole_of
@@ -109,7 +111,8 @@ def _key(layout: str, buffers: Sequence[torch.Tensor]) -> tuple[str | int, ...]:
 _library = torch.library.Library("spqr_numba", "DEF")
 _library.define("matmul(Tensor x, Tensor[] buffers, str layout, Tensor? bias) -> Tensor")
 _library.define(
-    "matmul_siblings(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases) -> Tensor"
+    "matmul_fused(Tensor x, Tensor[] buffers, str[] layouts, Tensor[] biases, Tensor? beside,"
+    " float? eps) -> Tensor"
 )
 _library.define("dequantize(Tensor[] buffers, str layout, ScalarType dtype) -> Tensor")
 
@@ -126,26 +129,38 @@ def _multiply_fake(
     return x.new_empty((*x.shape[:-1], parse(layout).spec.out_features))
 
 
-def _multiply_siblings(
+def _multiply_fused(
     x: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     layouts: Sequence[str],
     biases: Sequence[torch.Tensor],
+    beside: torch.Tensor | None,
+    eps: float | None,
 ) -> torch.Tensor:
     rest = iter(buffers)
     parts = [_weight(list(islice(rest, len(parse(text).names))), text) for text in layouts]
-    whole = whole_of(parts)
+    whole = parts[0] if len(parts) == 1 else whole_of(parts)
+    feed = None if beside is None else Feed(beside, eps)
     if whole is not None:
-        return matmul(x, whole, torch.cat(list(biases)) if biases else None)
-    products = [matmul(x, part, bias) for part, bias in zip_longest(parts, biases)]
+        bias = torch.cat(list(biases)) if len(biases) > 1 else next(iter(biases), None)
+        return _multiply_fed(x, feed, whole, bias)
+    products = [_multiply_fed(x, feed, part, bias) for part, bias in zip_longest(parts, biases)]
     return torch.cat(products, dim=-1)
 
 
-def _multiply_siblings_fake(
+def _multiply_fed(
+    x: torch.Tensor, feed: Feed | None, weight: Weight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return matmul(x, weight, bias) if feed is None else matmul_fed(x, feed, weight, bias)
+
+
+def _multiply_fused_fake(
     x: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     layouts: Sequence[str],
     biases: Sequence[torch.Tensor],
+    beside: torch.Tensor | None,
+    eps: float | None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], sum(parse(text).spec.out_features for text in layouts)))
 
@@ -179,7 +194,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 for _name, _kernel, _fake in (
     ("matmul", _multiply, _multiply_fake),
-    ("matmul_siblings", _multiply_siblings, _multiply_siblings_fake),
+    ("matmul_fused", _multiply_fused, _multiply_fused_fake),
     ("dequantize", _dequantize, _dequantize_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from . import add_residuals, join_products
+from . import add_residuals, feed_products, join_products
 
 __all__ = ["ProductPasses"]
 
@@ -19,7 +19,9 @@ class ProductPasses(CustomGraphPass):
         """Change the graph."""
         join_products.join_all_products(graph)
         add_residuals.add_residuals(graph)
+        feed_products.feed_products(graph)
 
     def uuid(self) -> Any:
         """What inductor's cache knows the passes by."""
-        return get_hash_for_files((__file__, join_products.__file__, add_residuals.__file__))
+        passes = join_products, add_residuals, feed_products
+        return get_hash_for_files((__file__, *(module.__file__ for module in passes)))

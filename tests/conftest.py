@@ -70,5 +70,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu", "cuda"))
     monkeypatch.setattr("spqr_numba.nn.matmul", multiply)
     monkeypatch.setattr("spqr_numba.operators.matmul", multiply)
+    monkeypatch.setattr("spqr_numba.kernels.feed.matmul", multiply)
     torch.compiler.reset()
     return rows

@@ -18,7 +18,7 @@ from .problems import make_spec
 
 COLUMNS = 40
 ORDER, OTHER_ORDER = (torch.arange(COLUMNS).roll(places).to(torch.uint16) for places in (7, 3))
-JOINED, ALONE = torch.ops.spqr_numba.matmul_siblings.default, torch.ops.spqr_numba.matmul.default
+JOINED, ALONE = torch.ops.spqr_numba.matmul_fused.default, torch.ops.spqr_numba.matmul.default
 
 
 def make_linear(

@@ -117,7 +117,9 @@ def test_the_operator_is_sound() -> None:
     buffers = [buffer for layer in layers for buffer in layer.buffers()]
     layouts, biases = [layer.layout for layer in layers], [layer.bias for layer in layers]
     for chosen in (biases, []):
-        torch.library.opcheck(JOINED, (make_input(2), buffers, layouts, chosen))
+        for beside, eps in ((None, None), (torch.ones(COLUMNS), 1e-6), (torch.ones(COLUMNS), None)):
+            given = make_input(2), buffers, layouts, chosen, beside, eps
+            torch.library.opcheck(JOINED, given)
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ class Launcher:
         early: bool,
         ranks: int = 1,
     ) -> None:
-        """signature: Numba's, of int32, int64 and named tuples of them."""
+        """signature: Numba's, of int32, int64, float32 and named tuples of them."""
         from cuda.bindings import driver
 
         self._driver, self._types = driver, argument_types(signature)
@@ -196,7 +196,7 @@ class Launcher:
         self._config.sharedMemBytes = shared_bytes
         return _result(self._driver.cuOccupancyMaxActiveClusters(self._function, self._config))
 
-    def launch(self, grid: int, shared_bytes: int, stream: int, *arguments: int) -> None:
+    def launch(self, grid: int, shared_bytes: int, stream: int, *arguments: float) -> None:
         """Queue the kernel on a stream (its address)."""
         self._config.gridDimX = grid
         self._config.sharedMemBytes = shared_bytes
@@ -242,10 +242,13 @@ def most_clusters(device: torch.device, ranks: int, threads: int) -> int:
     return launcher.clusters(room)
 
 
+CTYPES = {"int32": "c_int32", "int64": "c_int64", "float32": "c_float"}
+
+
 def argument_types(signature: tuple[Any, ...]) -> tuple[Any, ...]:
     """The ctypes of a kernel's numbers, those of a tuple one after the other."""
     kinds = [kind for argument in signature for kind in getattr(argument, "types", [argument])]
-    return tuple({32: ctypes.c_int32, 64: ctypes.c_int64}[kind.bitwidth] for kind in kinds)
+    return tuple(getattr(ctypes, CTYPES[kind.name]) for kind in kinds)
 
 
 def _result(answer: tuple[Any, ...]) -> Any:

@@ -6,9 +6,10 @@ product_cuda.py and several_cuda.py have the kernels; here they are planned, com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +22,12 @@ from .runs import segments_of
 from .several_cuda import SEVERAL, several_kernel
 from .several_inputs_cuda import INPUTS_BEGIN, MOST_INPUTS
 from .staging_cuda import ZERO_HALVES
-from .stream_cuda import KernelSpec, Plan, Weight, addresses
+from .stream_cuda import GATE, NORM, KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
+
+if TYPE_CHECKING:
+    from .feed import Feed
 
 __all__ = [
     "MOST_INPUTS",
@@ -64,25 +68,35 @@ _FITS: WeakKeyDictionary[PreparedMatrix, dict[int, bool]] = WeakKeyDictionary()
 
 
 def multiply_few(
-    x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor,
+    weight: PreparedMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    feed: Feed | None = None,
 ) -> None:
     """Fill out [count, rows] with x W_hat^T + bias, on torch's current stream.
 
     x fp16 or bf16 [count, columns], 1 to 16 inputs, each contiguous at an address that 16 divides,
     and room for an even number of columns; bias [rows] or None and out, contiguous, of the same
-    dtype. `can_multiply` must hold.
+    dtype. `can_multiply` must hold. A feed makes one input of x first (feed.py); what lies beside x
+    is aligned as x is.
     """
-    count = len(x)
+    count, made_by = len(x), None
+    if feed is not None:
+        made_by = GATE if feed.eps is None else NORM
     inputs = inputs_of(count)
     calls = _CALLS.setdefault(weight, {})
-    if (x.dtype, inputs) not in calls:
-        calls[x.dtype, inputs] = make_call(weight, x.dtype, inputs)
-    call = calls[x.dtype, inputs]
+    if (x.dtype, inputs, made_by) not in calls:
+        calls[x.dtype, inputs, made_by] = make_call(weight, x.dtype, inputs, made_by)
+    call = calls[x.dtype, inputs, made_by]
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    given, results = [x.data_ptr()], [out.data_ptr(), 0 if bias is None else bias.data_ptr()]
+    given: list[float] = [x.data_ptr()]
+    results = [out.data_ptr(), 0 if bias is None else bias.data_ptr()]
     if inputs > 1:
         given.append(x.stride(0) * x.element_size())
         results.append(count)
+    else:
+        given += [0, 0.0] if feed is None else [feed.beside.data_ptr(), feed.eps or 0.0]
     numbers = *call.addresses, *given, *results, *call.plan
     call.launcher.launch(call.grid, call.shared_bytes, stream, *numbers)
 
@@ -116,9 +130,12 @@ def can_multiply(weight: PreparedMatrix, count: int) -> bool:
     return known[inputs]
 
 
-def make_call(weight: PreparedMatrix, kind: torch.dtype, inputs: int) -> Call:
+def make_call(
+    weight: PreparedMatrix, kind: torch.dtype, inputs: int, feed: str | None = None
+) -> Call:
     """Choose the plan, and compile the kernel."""
     spec, plan, grid = next(plans(weight, kind, inputs))
+    spec = replace(spec, feed=feed)
     launcher = launcher_of(spec, weight.device)
     return Call(launcher, grid, shared_bytes(spec, plan), addresses(weight), plan)
 

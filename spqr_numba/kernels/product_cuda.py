@@ -43,6 +43,7 @@ from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
 from .staging_cuda import ZERO_HALVES, padding_function, staging_function
 from .stream_cuda import (
+    NORM,
     PLAN,
     WEIGHT,
     KernelSpec,
@@ -72,28 +73,29 @@ FACTOR_FLOATS = 4
 BLOCKS_PER_SM = 2
 int32: Any = np.int32
 
-SIGNATURE = (WEIGHT, types.int64, types.int64, types.int64, PLAN)
+SIGNATURE = (WEIGHT, *(types.int64,) * 2, types.float32, *(types.int64,) * 2, PLAN)
 
 
 @cache
 def product_kernel(spec: KernelSpec) -> Any:
-    """kernel(weight, x, y, bias, plan): addresses of x [columns] and y [rows], both fp16 or bf16,
-    and of bias [rows] or 0."""
+    """kernel(weight, x, beside, eps, y, bias, plan): addresses of x and beside [columns], y [rows],
+    all fp16 or bf16, and of bias [rows] or 0; beside and eps as the spec's feed has them (feed.py).
+    """
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
     start_ring, start, stage = ring_starter(spec), starting_function(spec), stage_function(spec)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, BLOCKS_PER_SM))
-    def kernel(weight, x, y, bias, plan):
+    def kernel(weight, x, beside, eps, y, bias, plan):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         work, first = work_of(weight, plan)
         part = part_of(weight, plan, work.rank, int32(0))
         start_ring(weight, plan, work, part, first, zeros)
-        start(weight, plan, work, zeros)
+        start(weight, plan, work, beside, zeros)
         if early:
             wait_for_dependencies()
             let_dependents_start()
-        stage(weight, plan, x, work.thread, zeros)
+        stage(weight, plan, x, beside, eps, work.thread, zeros)
         walk(weight, plan, work, part, first, zeros)
         cuda.syncthreads()
         work, _ = work_of(weight, plan)
@@ -103,12 +105,13 @@ def product_kernel(spec: KernelSpec) -> Any:
 
 
 def starting_function(spec: KernelSpec) -> Any:
-    """start(weight, plan, work, zeros): what depends neither on x nor on the ring."""
+    """start(weight, plan, work, beside, zeros): what depends neither on x nor on the ring."""
     threads, warps_but_one = spec.threads, spec.warps - 1
     slot_bytes, clear_padding = FLOAT_BYTES * LANES * spec.unit.totals, padding_function(spec)
+    norms = spec.feed == NORM
 
     @cuda.jit(device=True, forceinline=True)
-    def start(weight, plan, work, zeros):
+    def start(weight, plan, work, beside, zeros):
         slots = int32(zeros + FLOAT_BYTES * plan.slots)
         end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
         clear_shared_bytes(slots, end, work.thread, threads)
@@ -117,6 +120,8 @@ def starting_function(spec: KernelSpec) -> Any:
         i, end = int32(128 * work.thread), int32(HALF_BYTES * weight.columns)
         while weight.target and i < end:
             prefetch(weight.target + i)
+            if norms:  # its weight, that is; a gate is not there yet
+                prefetch(beside + i)
             i = int32(i + 128 * threads)
 
     return start
@@ -131,8 +136,8 @@ def stage_function(spec: KernelSpec) -> Any:
     stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, plan, x, thread, zeros):
-        factor = stage_input(weight, x, thread, zeros)
+    def stage(weight, plan, x, beside, eps, thread, zeros):
+        factor = stage_input(weight, x, beside, eps, thread, zeros)
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
         sums = int32(zeros + FLOAT_BYTES * plan.sums)
         group = thread

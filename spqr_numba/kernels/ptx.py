@@ -314,6 +314,25 @@ def effect(name: str, instruction: str, arguments: tuple[Any, ...], doc: str) ->
     return intrinsic(scope[name])
 
 
+def _function(name: str, instruction: str, doc: str) -> Any:
+    """An intrinsic that makes a float32 of one."""
+
+    @intrinsic
+    def compute(typingctx, number):
+        def codegen(context, builder, signature, arguments):
+            return emit(builder, f"{instruction} $0, $1", "=f,f", FLOAT, arguments)
+
+        return types.float32(types.float32), codegen
+
+    compute.__name__, compute.__doc__ = name, doc
+    return compute
+
+
+exp2 = _function("exp2", "ex2.approx.f32", "2^number, to 2 ulp.")
+reciprocal = _function("reciprocal", "rcp.approx.f32", "1 / number, to 1 ulp.")
+inverse_root = _function("inverse_root", "rsqrt.approx.f32", "1 / sqrt(number), to 2 ulp.")
+
+
 def _storer(name: str, instruction: str, kind: str, doc: str) -> Any:
     """An intrinsic that stores a number of a kind: to an int64 address, of shared memory int32."""
     pointer = types.int32 if ".shared" in instruction else types.int64

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numba import types
 
+from .feed_cuda import half_function, ratio_function, words_function
 from .launch import numba_cuda
 from .prepared import ALL_LANES, LANES
 from .ptx import (
@@ -103,7 +104,8 @@ def own_staging_function(spec: KernelSpec) -> Any:
     def stage_own(weight, x, step, count, own, thread, zeros):
         clear_padding(weight, thread, zeros)
         if own < count:
-            return stage(weight, x + np.int64(own) * step, thread, zeros)
+            at = x + np.int64(own) * step
+            return stage(weight, at, at, np.float32(0), thread, zeros)
         start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
         i = thread
         while i < columns:
@@ -116,18 +118,20 @@ def own_staging_function(spec: KernelSpec) -> Any:
 
 
 def staging_function(spec: KernelSpec) -> Any:
-    """stage(weight, x, thread, zeros) -> what to multiply results with.
+    """stage(weight, x, beside, eps, thread, zeros) -> what to multiply results with.
 
-    x' behind the zeros, for all threads of the block when it returns; `padding_function` is for
-    what lies behind its columns.
+    x', of what the spec's feed makes of x, lies behind the zeros for all threads of the block when
+    it returns; `padding_function` is for what lies behind its columns.
     """
+    ratio_of = ratio_function(spec)
     scale_of, permute = scale_function(spec), permuting_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, x, thread, zeros):
-        exponent = scale_of(weight, x, thread)
+    def stage(weight, x, beside, eps, thread, zeros):
+        ratio = ratio_of(weight, x, eps, thread)
+        exponent = scale_of(weight, x, beside, ratio, thread)
         start = int32(zeros + HALF_BYTES * ZERO_HALVES)
-        permute(weight, x, power_of_two(int32(-exponent)), start, thread)
+        permute(weight, x, beside, ratio, power_of_two(int32(-exponent)), start, thread)
         cuda.syncthreads()
         return power_of_two(exponent)
 
@@ -149,26 +153,28 @@ def padding_function(spec: KernelSpec) -> Any:
 
 
 def scale_function(spec: KernelSpec) -> Any:
-    """exponent_of(weight, x, thread) -> the power of two by which x is divided to fit into fp16."""
+    """exponent_of(weight, x, beside, ratio, thread) -> the power of two by which the input is
+    divided to fit into fp16."""
     threads, warps = spec.threads, spec.warps
+    words_of, half_of = words_function(spec), half_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def nothing(weight, x, thread):
+    def nothing(weight, x, beside, ratio, thread):
         return int32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def exponent_of(weight, x, thread):
+    def exponent_of(weight, x, beside, ratio, thread):
         largest = cuda.shared.array(warps, np.int32)
         found = int32(1)
         i, whole = thread, int32(weight.columns >> 3)
         while i < whole:
-            words = load_words(x + 16 * i)
+            words = words_of(x, beside, ratio, i)
             for k in range(4):
                 found = larger_exponent(found, words[k])
             i = int32(i + threads)
         i = int32(8 * whole + thread)
         while i < weight.columns:
-            found = larger_exponent(found, int32(load_uint16(x + 2 * i)))
+            found = larger_exponent(found, int32(half_of(x, beside, ratio, i)))
             i = int32(i + threads)
         for distance in (16, 8, 4, 2, 1):
             found = int32(max(found, int32(cuda.shfl_xor_sync(ALL_LANES, found, distance))))
@@ -197,8 +203,10 @@ def exponent_for(found):
 
 
 def permuting_function(spec: KernelSpec) -> Any:
-    """permute(weight, x, factor, start, thread): x * factor as fp16, where `target` says."""
+    """permute(weight, x, beside, ratio, factor, start, thread): the input times a factor, as fp16,
+    where `target` says."""
     threads, bfloat = spec.threads, spec.kind == torch.bfloat16
+    words_of, half_of = words_function(spec), half_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def put(start, target, half, factor):
@@ -214,11 +222,11 @@ def permuting_function(spec: KernelSpec) -> Any:
             put(start, targets[k] >> 16, words[k] >> 16, factor)
 
     @cuda.jit(device=True, forceinline=True)
-    def permute(weight, x, factor, start, thread):
+    def permute(weight, x, beside, ratio, factor, start, thread):
         i, whole = thread, int32(weight.columns >> 3)
         while i < whole:
             also = int32(min(i + threads, whole - 1))  # two at once, to wait for both together
-            words, others = load_words(x + 16 * i), load_words(x + 16 * also)
+            words, others = words_of(x, beside, ratio, i), words_of(x, beside, ratio, also)
             targets, other_targets = targets_of(weight, i), targets_of(weight, also)
             put_all(start, targets, words, factor)
             put_all(start, other_targets, others, factor)
@@ -226,7 +234,7 @@ def permuting_function(spec: KernelSpec) -> Any:
         i = int32(8 * whole + thread)
         while i < weight.columns:
             target = int32(load_uint16(weight.target + 2 * i)) if weight.target else int32(i)
-            put(start, target, load_uint16(x + 2 * i), factor)
+            put(start, target, half_of(x, beside, ratio, i), factor)
             i = int32(i + threads)
 
     return permute

@@ -43,6 +43,8 @@ from .unit_cuda import LOAD_BYTES, UnitSpec
 
 __all__ = [
     "BUFFERS",
+    "GATE",
+    "NORM",
     "PLAN",
     "WEIGHT",
     "Item",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 cuda = numba_cuda()
+NORM, GATE = "norm", "gate"  # what one input is made by first (feed.py)
 SCHEDULERS = 4  # of a multiprocessor; a warp's number says which
 int32: Any = np.int32
 
@@ -78,6 +81,7 @@ class KernelSpec:
     stages: int
     early: bool
     ranks: int = 1  # blocks of a cluster
+    feed: str | None = None  # NORM or GATE
 
     @property
     def threads(self) -> int:

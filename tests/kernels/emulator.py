@@ -27,6 +27,7 @@ __all__ = ["emulated"]
 PACKAGE = "spqr_numba.kernels."
 KERNELS = (
     "stream_cuda",
+    "feed_cuda",
     "staging_cuda",
     "run_cuda",
     "run_several_cuda",
@@ -102,6 +103,9 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "to_shared_uint16": partial(to_shared, np.uint16),
             "to_shared_float": partial(to_shared, FLOAT),
             "clear_shared": lambda address: to_shared(np.uint64, address, 0),
+            "exp2": lambda number: FLOAT(np.exp2(number)),
+            "reciprocal": lambda number: FLOAT(1 / number),
+            "inverse_root": lambda number: FLOAT(1 / np.sqrt(number)),
             "divide": lambda one, other: np.int32(one // other),
             "divider": lambda by: lambda one: np.int32(one // by),
             "store_uint16": partial(write, ctypes.c_uint16, int),
