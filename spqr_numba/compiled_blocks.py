@@ -2,8 +2,9 @@
 
 Compiling a model as a whole takes the longer the deeper it is, and its blocks are all alike but for
 the number under which each finds its keys and values in the cache. Here each gets a cache of that
-one layer, so that the number no longer matters. What lies around the blocks stays as it is. Linears
-of a block that share an input become one product on a GPU.
+one layer, so that the number no longer matters, and all get one mask, as the numbers that attention
+adds. What lies around the blocks stays as it is. On a GPU products take in what stands around them
+(product_passes.py).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class CompiledBlocks:
         self._blocks = find_blocks(model).modules
         self._layers = [LayerCache(layers=[layer]) for layer in cache.layers]
         self._works = True
+        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity, of a step
         self._left = ExitStack()
         if len(self._blocks) != len(self._layers):
             self._give_up(f"it has {len(self._blocks)} blocks and {len(self._layers)} caches")
@@ -76,18 +78,29 @@ class CompiledBlocks:
 
     def __exit__(self, *_: object) -> None:
         self._left.close()
+        self._masks.clear()
 
     def _run(self, block: nn.Module, layer: LayerCache, *args: Any, **kwargs: Any) -> Any:
+        def given(argument: Any) -> Any:
+            return layer if argument is self._cache else self._added(argument, args[0].dtype)
+
         if self._works:
             try:
-                return compiled_forward()(
-                    block,
-                    [layer if arg is self._cache else arg for arg in args],
-                    {k: layer if arg is self._cache else arg for k, arg in kwargs.items()},
-                )
+                positional = [given(argument) for argument in args]
+                named = {name: given(argument) for name, argument in kwargs.items()}
+                return compiled_forward()(block, positional, named)
             except COMPILE_ERRORS as error:
                 self._give_up((str(error).splitlines() or [type(error).__name__])[0])
         return forward(block, args, kwargs)
+
+    def _added(self, argument: Any, dtype: torch.dtype) -> Any:
+        """A mask as what attention adds, made once for all blocks; all else as it is."""
+        if not (isinstance(argument, torch.Tensor) and argument.dtype == torch.bool):
+            return argument
+        if id(argument) not in self._masks:
+            added = torch.where(argument, 0.0, float("-inf")).to(dtype)
+            self._masks[id(argument)] = argument, added
+        return self._masks[id(argument)][1]
 
     def _give_up(self, reason: str) -> None:
         self._works = False

@@ -104,6 +104,23 @@ def test_one_compilation_serves_all_blocks_and_lengths(backend: CompileCounterWi
     assert backend.frame_count == 1
 
 
+def test_blocks_share_a_mask_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[torch.Tensor] = []
+
+    def forward(block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        masks.append(kwargs["attention_mask"])
+        return type(block).forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(compiled_blocks, "compiled_forward", lambda: forward)
+    model = tiny_llama(num_hidden_layers=5)
+    result = generate(model, TOKENIZER, "abc", max_new_tokens=3, compile=True)
+    assert result.tokens == generate(model, TOKENIZER, "abc", max_new_tokens=3).tokens
+    assert len(masks) == 2 * 5
+    assert len({mask.data_ptr() for mask in masks[:5]}) == 1
+    assert masks[0].dtype == torch.float32
+    assert masks[0].flatten().tolist() == [0.0] * 4 + [-float("inf")] * (masks[0].numel() - 4)
+
+
 def test_two_compilations_serve_all_numbers_of_outliers(backend: CompileCounterWithBackend) -> None:
     model = compressed_llama()
     assert tokens(model, compile=True) == tokens(model)
