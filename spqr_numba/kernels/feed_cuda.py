@@ -16,8 +16,16 @@ import torch
 
 from .launch import numba_cuda
 from .prepared import ALL_LANES, LANES
-from .ptx import exp2, inverse_root, load_uint16, load_words, reciprocal
-from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
+from .ptx import (
+    exp2,
+    inverse_root,
+    load_uint16,
+    load_words,
+    pair_multiplier,
+    pair_rounder,
+    reciprocal,
+)
+from .scalars import bfloat_to_float, half_to_float
 from .stream_cuda import GATE, NORM, KernelSpec
 from .unit_cuda import HALF_BYTES, LOAD_BYTES
 
@@ -71,13 +79,8 @@ def half_function(spec: KernelSpec) -> Any:
 def word_function(spec: KernelSpec) -> Any:
     """made(word, other, ratio) -> word: two numbers of x, and what lies beside them."""
     bfloat, gates = spec.kind == torch.bfloat16, spec.feed == GATE
-    to_float = bfloat_to_float if bfloat else half_to_float
-    from_float = float_to_bfloat if bfloat else float_to_half
-
-    @cuda.jit(device=True, forceinline=True)
-    def times(number, other):
-        """Rounded before, and behind."""
-        return int32(from_float(to_float(from_float(number)) * to_float(uint16(other & HALF_MASK))))
+    to_float, kind = (bfloat_to_float, "bf16") if bfloat else (half_to_float, "f16")
+    rounded_pair, multiplied_pairs = pair_rounder(kind), pair_multiplier(kind)
 
     @cuda.jit(device=True, forceinline=True)
     def made(word, other, ratio):
@@ -88,7 +91,7 @@ def word_function(spec: KernelSpec) -> Any:
             low, high = low * (both * two), high * (both * one)
         else:
             low, high = low * ratio, high * ratio
-        return int32(times(low, other) | times(high, other >> 16) << 16)
+        return multiplied_pairs(rounded_pair(low, high), other)
 
     return made
 

@@ -328,9 +328,40 @@ def _function(name: str, instruction: str, doc: str) -> Any:
     return compute
 
 
-exp2 = _function("exp2", "ex2.approx.f32", "2^number, to 2 ulp.")
-reciprocal = _function("reciprocal", "rcp.approx.f32", "1 / number, to 1 ulp.")
-inverse_root = _function("inverse_root", "rsqrt.approx.f32", "1 / sqrt(number), to 2 ulp.")
+exp2 = _function("exp2", "ex2.approx.ftz.f32", "2^number, to 2 ulp.")
+reciprocal = _function("reciprocal", "rcp.approx.ftz.f32", "1 / number, to 1 ulp.")
+inverse_root = _function("inverse_root", "rsqrt.approx.ftz.f32", "1 / sqrt(number), to 2 ulp.")
+
+
+@cache
+def pair_rounder(kind: str) -> Any:
+    """An intrinsic: two float32, the lower first, as a word of two numbers of fp16 ("f16") or bf16
+    ("bf16")."""
+
+    @intrinsic
+    def rounded_pair(typingctx, low, high):
+        def codegen(context, builder, signature, arguments):
+            return emit(builder, f"cvt.rn.{kind}x2.f32 $0, $2, $1", "=r,f,f", WORD, arguments)
+
+        return types.int32(types.float32, types.float32), codegen
+
+    return rounded_pair
+
+
+@cache
+def pair_multiplier(kind: str) -> Any:
+    """An intrinsic: the products of the pairs in two words, each rounded once."""
+
+    @intrinsic
+    def multiplied_pairs(typingctx, one, other):
+        def codegen(context, builder, signature, arguments):
+            text = f"fma.rn.{kind}x2 $0, $1, $2, $3"
+            minus_zeros = i32(0x80008000)
+            return emit(builder, text, "=r,r,r,r", WORD, [*arguments, minus_zeros])
+
+        return types.int32(types.int32, types.int32), codegen
+
+    return multiplied_pairs
 
 
 def _storer(name: str, instruction: str, kind: str, doc: str) -> Any:

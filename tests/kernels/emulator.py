@@ -103,6 +103,8 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "to_shared_uint16": partial(to_shared, np.uint16),
             "to_shared_float": partial(to_shared, FLOAT),
             "clear_shared": lambda address: to_shared(np.uint64, address, 0),
+            "pair_rounder": pair_rounder,
+            "pair_multiplier": pair_multiplier,
             "exp2": lambda number: FLOAT(np.exp2(number)),
             "reciprocal": lambda number: FLOAT(1 / number),
             "inverse_root": lambda number: FLOAT(1 / np.sqrt(number)),
@@ -341,6 +343,25 @@ def load_words(address: int) -> tuple[Any, ...]:
     """Four int32."""
     assert int(address) % LOAD_BYTES == 0
     return tuple(read(address + 4 * i, ctypes.c_int32, np.int32) for i in range(4))
+
+
+def pair_rounder(kind: str) -> Callable[[Any, Any], Any]:
+    """ptx.pair_rounder."""
+    rounded = float_to_bfloat if kind == "bf16" else lambda value: HALF(value).view(np.uint16)
+    return lambda low, high: np.array([rounded(low), rounded(high)], np.uint16).view(np.int32)[0]
+
+
+def pair_multiplier(kind: str) -> Callable[[Any, Any], Any]:
+    """ptx.pair_multiplier."""
+    rounded_pair = pair_rounder(kind)
+
+    def numbers(word: Any) -> np.ndarray:
+        halves = np.array([word], np.int32).view(np.uint16)
+        if kind == "bf16":
+            return (halves.astype(WORD) << 16).view(FLOAT)
+        return halves.view(HALF).astype(FLOAT)
+
+    return lambda one, other: rounded_pair(*(numbers(one) * numbers(other)))
 
 
 def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
