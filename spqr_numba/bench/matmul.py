@@ -8,6 +8,7 @@ it is timed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ COLD_BYTES = 96 * 2**20  # of a candidate's weights: three times a large L3
 ROUNDS = 8
 TOLERANCE = 1e-5
 READ_BYTES = 256 * 2**20
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, str | int | float | None]
 Product = Callable[[], object]
@@ -61,7 +64,7 @@ def measure(
     for size in sizes:
         spec = MatrixSpec.from_config(config, *size)
         matrices = cold(random_matrix(spec, round(outliers * spec.in_features) or None))
-        rows += [measure_shape(matrices, batch, bandwidth) for batch in batches]
+        rows += [noted(measure_shape(matrices, batch, bandwidth)) for batch in batches]
     return rows
 
 
@@ -80,10 +83,16 @@ def measure_cuda(
 
     bandwidth = matmul_cuda.read_bandwidth()
     return [
-        matmul_cuda.measure_shape(*size, batch, config, outliers, bandwidth)
+        noted(matmul_cuda.measure_shape(*size, batch, config, outliers, bandwidth))
         for size in sizes
         for batch in batches
     ]
+
+
+def noted(row: Row) -> Row:
+    """The same row, told at once: all of them may take minutes."""
+    logger.info("%s, batch %s: %s us", row["m x n"], row["batch"], row["spqr us"])
+    return row
 
 
 def cold(matrix: SpqrMatrix) -> list[SpqrMatrix]:

@@ -15,8 +15,9 @@ from spqr_numba.errors import InputError, SpqrError
 from tests.problems import make_spec
 
 
-def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row a shape and batch, with ratios that are those of the times."""
+def test_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A row a shape and batch, told as they come, with ratios that are those of the times."""
+    caplog.set_level("INFO", "spqr_numba")
     monkeypatch.setattr(matmul, "ROUNDS", 1)
     monkeypatch.setattr(matmul, "COLD_BYTES", 1)
     monkeypatch.setattr(matmul, "READ_BYTES", 1 << 16)
@@ -25,6 +26,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         ("64 x 96", 1), ("64 x 96", 3), ("32 x 64", 1), ("32 x 64", 3),
     ]  # fmt: skip
     assert all(row["spqr us"] > 0 and row["fp32 us"] > 0 and row["GB/s"] > 0 for row in rows)
+    assert len(caplog.messages) == len(rows)
+    assert caplog.messages[1] == f"64 x 96, batch 3: {rows[1]['spqr us']} us"
 
 
 def test_a_wrong_product_is_not_timed() -> None:
