@@ -81,7 +81,7 @@ __all__ = ["matmul", "matmul_reference"]
 
 GEMM_FROM = 96
 ROUNDED_FROM = 49  # on a GPU: up to three launches of sixteen inputs come before
-DENSE_FROM = 1024  # on a Hopper GPU, of prepared weights
+DENSE_FROM = 512  # on a Hopper GPU, of prepared weights
 GPU_LOAD_BYTES = 16
 INPUTS = 4  # of a block, where there is more than one
 LANES = {1: 32, INPUTS: 16}  # rows a vector: as many sums as the registers hold
@@ -413,16 +413,13 @@ def multiply_stored(
     x: torch.Tensor, weight: PreparedMatrix, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`matmul` of a prepared weight through its numbers: x goes into their order."""
-    from .prepared_cuda import dequantize_stored
+    from .prepared_cuda import dequantize_stored, stored_inputs
 
     large = x.numel() >= ROUNDED_FROM * weight.spec.in_features
     dtype = x.dtype if large else torch.float32
-    x_stored = x = x.detach()
-    if "target" in weight.tensors:
-        x_stored = torch.empty_like(x, memory_format=torch.contiguous_format)
-        x_stored.index_copy_(-1, weight["target"].to(torch.int64), x)
+    ordered = stored_inputs(x.detach(), weight).to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    return linear(x_stored.to(dtype), dequantize_stored(weight, dtype), bias).to(x.dtype)
+    return linear(ordered, dequantize_stored(weight, dtype), bias).to(x.dtype)
 
 
 def check_input(

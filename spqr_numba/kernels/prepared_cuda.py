@@ -3,7 +3,7 @@
     out[row, j] = scale[row, g] * (code[row, j] - zero[row, g]) + outlier[row, j]
                   with g = j // group_size
 
-    out    fp32, fp16 or bf16 [rows, columns], columns as they are stored: permute the inputs
+    out    fp32, fp16 or bf16 [rows, columns], columns as they are stored: so must inputs be
 
 A warp takes a unit of a tile: 16 rows, 32 groups. It copies it and its run of outliers to shared
 memory, and writes it, an octet at a time, through shared memory once more (unit_numbers_cuda.py).
@@ -20,23 +20,25 @@ import torch
 from numba import types
 
 from ..format.layout import ceil_div
-from .launch import Launcher, numba_cuda
+from .launch import Launcher, numba_cuda, shared_memory
 from .patch_cuda import outlier_putter, patch_clearer, run_copier, run_opener, segment_finder
 from .patch_spec import PatchSpec
 from .prepared import LANES, PreparedMatrix
 from .ptx import copies_done, divide, end_of_copies, shared_address
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
-from .stream_cuda import WEIGHT, addresses, unit_filler
-from .unit_cuda import LOAD_BYTES, UnitSpec
+from .staging_cuda import ORDERED, order_kernel
+from .stream_cuda import WEIGHT, KernelSpec, addresses, unit_filler
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_numbers_cuda import Copying, part_writer
 
-__all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored"]
+__all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored", "stored_inputs"]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
 WARPS = 4  # of a block: as many have room in every GPU, of which some have 99 KB
 WARPS_PER_SM = {8: 16, 16: 16, 32: 12}
 """Size of a group -> for how many warps a multiprocessor's registers are."""
+ORDER_WARPS = 16  # of a block that orders an input
 RUN_BYTES = 2048  # of a run, beside a unit; the rest comes from global memory
 int32: Any = np.int32
 
@@ -54,6 +56,38 @@ def dequantize_stored(weight: PreparedMatrix, dtype: torch.dtype) -> torch.Tenso
     launcher = launcher_of(unit, dtype, outliers, weight.device)
     launcher.launch(blocks, needed, stream, *addresses(weight), out.data_ptr(), width)
     return out[:, : spec.in_features]
+
+
+def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
+    """x [..., in_features] in the order of those columns."""
+    if "target" not in weight.tensors:
+        return x
+    ordered = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns, needed = x.shape[-1], x.shape[-1] * HALF_BYTES
+    as_it_lies = x.is_contiguous() and x.data_ptr() % LOAD_BYTES == needed % LOAD_BYTES == 0
+    halves = x.element_size() == HALF_BYTES
+    if not (as_it_lies and halves and needed <= shared_memory(x.device) and x.numel()):
+        return ordered.index_copy_(-1, weight["target"].to(torch.int64), x)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    given = *addresses(weight), x.data_ptr(), ordered.data_ptr()
+    ordering_of(UnitSpec.of(weight.spec), x.device).launch(
+        x.numel() // columns, needed, stream, *given
+    )
+    return ordered
+
+
+@cache
+def ordering_of(unit: UnitSpec, device: torch.device) -> Launcher:
+    """The kernel that orders inputs, compiled for a GPU."""
+    spec = KernelSpec(unit, torch.float16, ORDER_WARPS, 1, False)
+    return Launcher(
+        order_kernel(spec),
+        ORDERED,
+        device,
+        threads=spec.threads,
+        shared_bytes=shared_memory(device),
+        early=False,
+    )
 
 
 @cache

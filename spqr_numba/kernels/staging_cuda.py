@@ -4,8 +4,9 @@
     X   float32  [groups]                      in units of 2^-24
 
 A block of threads stages one input in its shared memory. For one input each block of the product
-does so for itself, for several a cluster does (several_inputs_cuda.py); for many the kernel here
-does it once, into global memory, in cores of eight inputs (wgmma_cuda.py).
+does so for itself, for several a cluster does (several_inputs_cuda.py); for many a kernel here does
+it once, into global memory, in cores of eight inputs (wgmma_cuda.py). Another brings them as they
+are into the order of a weight that is dequantized (prepared_cuda.py).
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES
 
 __all__ = [
     "CORES",
+    "ORDERED",
     "ZERO_HALVES",
     "cores_kernel",
     "exponent_for",
     "larger_exponent",
+    "order_kernel",
     "padding_function",
     "staging_function",
 ]
@@ -55,6 +58,9 @@ int32: Any = np.int32
 
 CORES = (WEIGHT, types.int64, *(types.int32,) * 3, types.int64, types.int64)
 """The signature of the kernel of `cores_kernel`."""
+
+ORDERED = (WEIGHT, types.int64, types.int64)
+"""The signature of the kernel of `order_kernel`."""
 
 
 @cache
@@ -90,6 +96,28 @@ def cores_kernel(spec: KernelSpec) -> Any:
             i = int32(i + threads)
         if thread == 0:
             store_float(factors_out + 4 * own, factor)
+
+    return kernel
+
+
+@cache
+def order_kernel(spec: KernelSpec) -> Any:
+    """kernel(weight, x, ordered), a block for each input: addresses of [inputs, columns], of fp16
+    or, in a spec of fp16 as well, of bf16; 8 divides columns."""
+    threads, permute = spec.threads, permuting_function(spec)
+    copy = word_gatherer(*range(0, LOAD_BYTES, WORD_BYTES))
+
+    @cuda.jit(launch_bounds=(threads, 1))
+    def kernel(weight, x, ordered):
+        start = shared_address(cuda.shared.array(0, np.uint16))
+        thread, one = int32(cuda.threadIdx.x), np.float32(1)
+        distance = np.int64(cuda.blockIdx.x) * HALF_BYTES * weight.columns
+        permute(weight, x + distance, x, one, one, start, thread)
+        cuda.syncthreads()
+        i = thread
+        while i < weight.columns >> 3:
+            copy(ordered + distance + LOAD_BYTES * i, int32(start + LOAD_BYTES * i))
+            i = int32(i + threads)
 
     return kernel
 

@@ -73,6 +73,36 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(decoded, expected(matrix, dtype))
 
 
+@pytest.mark.parametrize(
+    ("columns", "dtype", "places"),
+    [
+        (1104, torch.float16, 0),
+        (1104, torch.bfloat16, 0),
+        (64, torch.float16, 0),
+        (1104, torch.float32, 0),
+        (1100, torch.float16, 0),
+        (1104, torch.float16, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_inputs_in_stored_order(device: str, columns: int, dtype: torch.dtype, places: int) -> None:
+    """By the kernel, or where they are wider, ragged or begin elsewhere, without it."""
+    from importlib import import_module
+
+    matrix = random_matrix(make_spec(20, columns), 3)
+    x = torch.randn(3, 2, columns + places).to(dtype).flatten()[places:][: 6 * columns]
+    x = x.view(3, 2, columns)
+    expected = x[..., stored_order(matrix)]
+    if device == "cuda":
+        room = import_module("spqr_numba.kernels.prepared_cuda")
+        ordered = room.stored_inputs(x.cuda(), prepare(matrix.to("cuda"))).cpu()
+    else:
+        with emulated("late", "prepared_cuda") as room:
+            ordered = room.stored_inputs(x, prepare(matrix))
+    assert torch.equal(ordered, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [8, 16, 32])
@@ -109,4 +139,19 @@ def test_ptx(
     bounds = kernel.targetoptions["launch_bounds"]
     ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
     assert "st.global.v4.b32" in ptx
+    assert_no_spills(ptx, capability, tmp_path)
+
+
+@needs_numba_cuda
+@each_capability
+def test_ptx_of_order(capability: tuple[int, int], tmp_path: Path) -> None:
+    """16 bytes at a time; no float64, nothing in local memory, no spills."""
+    from spqr_numba.kernels.staging_cuda import ORDERED, order_kernel
+    from spqr_numba.kernels.stream_cuda import KernelSpec
+    from spqr_numba.kernels.unit_cuda import UnitSpec
+
+    kernel = order_kernel.__wrapped__(KernelSpec(UnitSpec(3, 3, 16), torch.float16, 16, 1, False))
+    bounds = kernel.targetoptions["launch_bounds"]
+    ptx = ptx_of(kernel, ORDERED, capability, launch_bounds=bounds)
+    assert "st.global.v4" in ptx
     assert_no_spills(ptx, capability, tmp_path)
