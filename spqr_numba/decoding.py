@@ -7,7 +7,7 @@
 A decode step of a model of N blocks is some 40 N kernels of a few microseconds each, which Python
 starts more slowly than a GPU runs them. With a static cache no shape in it changes from step to
 step, so the step and the choice behind it are captured once in a CUDA graph and replayed. The GPU
-runs one step ahead of whoever reads the tokens. Compiled (compiled_blocks.py), the 40 kernels are
+runs one step ahead of whoever reads the tokens. Compiled (compiled/), the 40 kernels are
 half as many; that takes a while, and is left to whoever has much to generate.
 """
 
@@ -147,7 +147,7 @@ class Steps:
         self._captures = graph and count >= WARM_UP_STEPS + LEAST_REPLAYS and capturable(state)
         self._warm_up = min(count, WARM_UP_STEPS) if compiled or self._captures else 0
         if compiled:
-            from .compiled_blocks import CompiledBlocks  # takes seconds
+            from .compiled.blocks import CompiledBlocks  # takes seconds
 
             state.around = CompiledBlocks(state.model, state.cache)
 

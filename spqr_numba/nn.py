@@ -171,7 +171,7 @@ class SpqrLinear(nn.Module):
 def join_siblings(block: nn.Module) -> None:
     """Put the prepared weights of linears of a block that share an input side by side in memory.
 
-    Each layer works as before; compiled (join_products.py), they are one product. Joined weights
+    Each layer works as before; compiled (compiled/), they are one product. Joined weights
     stay as they are.
     """
     families: dict[Hashable, list[tuple[SpqrLinear, PreparedMatrix]]] = {}

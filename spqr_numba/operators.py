@@ -9,7 +9,7 @@ A weight travels as its buffers and a string that says what they are, so that a 
 nothing but tensors and constants. The gradient goes to x (grad_y W_hat) and to the bias; the weight
 has none. An operator costs 10 to 20 microseconds a call, which `needs_operator` helps to save.
 
-`matmul_fused` is what passes (product_passes.py) make of a product, or of those of one x with all
+`matmul_fused` is what passes (compiled/passes.py) make of a product, or of those of one x with all
 parts of a whole (kernels/siblings.py), their outputs side by side; biases are one a part, or none.
 With `beside`, x is given as it was before a norm or a gate (kernels/feed.py). It has no gradient,
 as it comes into graphs that have theirs already.

@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.cache_utils import StaticLayer
 
-from spqr_numba import compiled_blocks, decoding
+from spqr_numba import decoding
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.compiled import blocks
 from spqr_numba.decoding import Decoding, capturable, make_cache, noticing_waits
 from spqr_numba.errors import ConfigError
 from spqr_numba.generate import generate, generate_batch
@@ -32,17 +33,17 @@ SAMPLING = Sampling(temperature=1.5, top_k=100, top_p=0.95, seed=3)
 def forget() -> Iterator[None]:
     """What was compiled, and said, before."""
     torch.compiler.reset()
-    compiled_blocks.compiled_forward.cache_clear()
+    blocks.compiled_forward.cache_clear()
     decoding._note.cache_clear()
     yield
-    compiled_blocks.compiled_forward.cache_clear()
+    blocks.compiled_forward.cache_clear()
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Blocks are traced and functionalized, and not turned into machine code."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(compiled_blocks, "COMPILE_BACKEND", counter)
+    monkeypatch.setattr(blocks, "COMPILE_BACKEND", counter)
     return counter
 
 
@@ -111,7 +112,7 @@ def test_blocks_share_a_mask_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None
         masks.append(kwargs["attention_mask"])
         return type(block).forward(block, *args, **kwargs)
 
-    monkeypatch.setattr(compiled_blocks, "compiled_forward", lambda: forward)
+    monkeypatch.setattr(blocks, "compiled_forward", lambda: forward)
     model = tiny_llama(num_hidden_layers=5)
     result = generate(model, TOKENIZER, "abc", max_new_tokens=3, compile=True)
     assert result.tokens == generate(model, TOKENIZER, "abc", max_new_tokens=3).tokens
@@ -133,7 +134,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     def refuse(*_: Any) -> Callable:
         raise RuntimeError("no compiler here\nand much advice")
 
-    monkeypatch.setattr(compiled_blocks, "COMPILE_BACKEND", refuse)
+    monkeypatch.setattr(blocks, "COMPILE_BACKEND", refuse)
     model = tiny_llama()
     assert tokens(model, compile=True) == tokens(model)
     [message] = told(caplog)

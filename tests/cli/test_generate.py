@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spqr_numba import compiled_blocks
+from spqr_numba.compiled import blocks
 from spqr_numba.generate import generate
 from spqr_numba.model.integration import load_model
 
@@ -45,11 +45,11 @@ def test_a_batch(run: Run, dense: Path) -> None:
 
 
 def test_compiled(run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_blocks, "COMPILE_BACKEND", "eager")
-    compiled_blocks.compiled_forward.cache_clear()
+    monkeypatch.setattr(blocks, "COMPILE_BACKEND", "eager")
+    blocks.compiled_forward.cache_clear()
     line = f"generate {dense} -p hi -n 6"
     result = run(f"{line} --compile")
-    compiled_blocks.compiled_forward.cache_clear()
+    blocks.compiled_forward.cache_clear()
     assert result.stdout == run(line).stdout
     assert re.search(r"tokens in [\d.]+ s, ready in [\d.]+ s\)", result.stderr)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .operators import Layout, parse
+from ..operators import Layout, parse
 
 __all__ = ["call", "join_all_products"]
 

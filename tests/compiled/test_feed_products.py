@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import silu
 
-from spqr_numba import feed_products
+from spqr_numba.compiled import feed_products
+from spqr_numba.compiled.passes import ProductPasses
 from spqr_numba.kernels.feed import Feed, fed
-from spqr_numba.product_passes import ProductPasses
 
 from .graphs import ALONE, COLUMNS, JOINED, count, make_linear
 

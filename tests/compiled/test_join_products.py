@@ -10,11 +10,12 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 from spqr_numba.bench.random_model import random_model
+from spqr_numba.compiled.passes import ProductPasses
 from spqr_numba.config import SpqrConfig
 from spqr_numba.generate import generate
 from spqr_numba.nn import join_siblings
-from spqr_numba.product_passes import ProductPasses
 
+from ..tiny import byte_tokenizer, tiny_llama
 from .graphs import (
     ALONE,
     COLUMNS,
@@ -25,7 +26,6 @@ from .graphs import (
     make_input,
     make_linear,
 )
-from .tiny import byte_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("launches")
 

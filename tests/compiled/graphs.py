@@ -10,11 +10,11 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spqr_numba.bench.random_matrix import random_matrix
+from spqr_numba.compiled.passes import ProductPasses
 from spqr_numba.format.matrix import SpqrMatrix
 from spqr_numba.nn import SpqrLinear, join_siblings
-from spqr_numba.product_passes import ProductPasses
 
-from .problems import make_spec
+from ..problems import make_spec
 
 COLUMNS = 40
 ORDER, OTHER_ORDER = (torch.arange(COLUMNS).roll(places).to(torch.uint16) for places in (7, 3))

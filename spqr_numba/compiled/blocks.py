@@ -4,7 +4,7 @@ Compiling a model as a whole takes the longer the deeper it is, and its blocks a
 the number under which each finds its keys and values in the cache. Here each gets a cache of that
 one layer, so that the number no longer matters, and all get one mask, as the numbers that attention
 adds. What lies around the blocks stays as it is. On a GPU products take in what stands around them
-(product_passes.py).
+(passes.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch._dynamo import config, exc
 from torch._inductor import config as inductor_config
 from transformers.cache_utils import Cache
 
-from .model.blocks import find_blocks
-from .nn import join_siblings
-from .product_passes import ProductPasses
+from ..model.blocks import find_blocks
+from ..nn import join_siblings
+from .passes import ProductPasses
 
 __all__ = ["CompiledBlocks"]
 
