@@ -300,6 +300,12 @@ SETTINGS = [
         click.FLOAT,
         "Share of the mean of the Hessian's diagonal added to it.",
     ),
+    Setting(
+        "shrinkage",
+        ("--shrinkage",),
+        click.FLOAT,
+        "Share of the Hessian off its diagonal taken for the calibration text's own.",
+    ),
 ]
 SWITCHES = [
     Setting(

@@ -49,6 +49,8 @@ class SpqrConfig:
                          "simplified" only while quantizing
     permutation          order in which input columns are quantized
     damping              share of mean(diag H) added to diag H
+    shrinkage            share of H off its diagonal that is taken for the calibration text's own,
+                         and left out: on other text, inputs go together less
     round_zero           round each group's zero to an integer
     use_hessian          False rounds to nearest: no calibration, no error propagation
     true_sequential      quantize the linears of a block in the order in which they run, each
@@ -74,6 +76,7 @@ class SpqrConfig:
     outlier_search: str = "leave-one-out"
     permutation: str = "act-order"
     damping: float = 1.0
+    shrinkage: float = 0.0
     round_zero: bool = False
     use_hessian: bool = True
     true_sequential: bool = False
@@ -190,6 +193,7 @@ class SpqrConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         self._check_number("damping")
+        self._check_number("shrinkage")
         if self.outlier_threshold is not None:
             self._check_number("outlier_threshold")
         if self.outlier_threshold is not None and not self.outlier_threshold > 0:
@@ -199,6 +203,8 @@ class SpqrConfig:
             )
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ConfigError(f"damping is {self.damping}; it must be finite and not negative")
+        if not 0 <= self.shrinkage < 1:
+            raise ConfigError(f"shrinkage is {self.shrinkage}; it must be at least 0 and below 1")
 
     def _check_member(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, name)

@@ -68,9 +68,12 @@ def spearman_chain(weight: np.ndarray, start: int) -> np.ndarray:
     return np.array(chain)
 
 
-def upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """U, upper, with U^T U = (H + damping * mean(diag H))^-1; a dead input's H_jj becomes 1."""
-    damped = hessian.copy()
+def upper_factor(hessian: np.ndarray, damping: float, shrinkage: float = 0.0) -> np.ndarray:
+    """U, upper, with U^T U = (H' + damping * mean(diag H))^-1; a dead input's H_jj becomes 1.
+
+    H' is H, but for (1 - shrinkage) times it off the diagonal.
+    """
+    damped = (1 - shrinkage) * hessian + shrinkage * np.diag(np.diag(hessian))
     dead = np.diag(hessian) == 0
     damped[np.diag_indices_from(damped)] += damping * np.diag(hessian).mean()
     damped[dead, dead] = 1
@@ -290,7 +293,7 @@ def prepare(
         return order, w, np.eye(len(order))
     ordered = hessian[np.ix_(order, order)]
     w[:, np.diag(ordered) == 0] = 0
-    return order, w, upper_factor(ordered, config.damping)
+    return order, w, upper_factor(ordered, config.damping, config.shrinkage)
 
 
 def sensitivity_threshold(w: np.ndarray, diagonal: np.ndarray, config: SpqrConfig) -> float:

@@ -31,7 +31,7 @@ PARTS = (
     ("outlier_threshold",),
     ("outlier_search",),
     ("permutation",),
-    ("damping",),
+    ("damping", "shrinkage"),
     ("round_zero",),
     ("true_sequential",),
     ("asymmetric",),

@@ -2,9 +2,13 @@
 
 H = (2/N) sum x x^T over the layer's N calibration inputs. Inputs of 16 bits are multiplied in TF32
 on a GPU: their products are exact in it, and sums are fp32 as ever. U is upper triangular with
-U^T U = H^-1 (H permuted and damped): the inverse of the reversed Cholesky factor, so that one
+U^T U = H^-1 (H permuted, shrunk and damped): the inverse of the reversed Cholesky factor, so that one
 Cholesky and one triangular inverse suffice. With J the reversal of order and J H J = L L^T,
 H = (J L J)(J L J)^T and U = J L^-1 J.
+
+Shrunk: off the diagonal times 1 - shrinkage. Which inputs are large, any text says; which ones go
+together, each says a little otherwise, and U spreads errors by it. The target of this shrinkage is
+the diagonal, as in Schaefer and Strimmer, doi:10.2202/1544-6115.1175.
 """
 
 from __future__ import annotations
@@ -130,7 +134,7 @@ class Factorization:
     """What quantizing needs to know of a layer's inputs; shared by layers with the same inputs.
 
     order     int64 [n]     the input that each permuted column belongs to
-    hessian   fp32 [n, n]   permuted, not damped; None where nothing is known of the inputs
+    hessian   fp32 [n, n]   permuted, neither shrunk nor damped; None where nothing is known of the inputs
     upper     fp32 [n, n]   U; None where weights are rounded to nearest
     dead      bool [n]      inputs that were always 0, permuted
     damping   share of mean(diag H) that was added
@@ -151,7 +155,7 @@ def factorize(
     weight: torch.Tensor | None = None,
     drift: torch.Tensor | None = None,
 ) -> Factorization:
-    """Order, damp and factorise H (fp32 [n, n]).
+    """Order, shrink, damp and factorise H (fp32 [n, n]).
 
     weight fp32 [m, n] is only read for permutation="spearman", drift fp32 [n, n] (drift.py) is only
     put into the same order. Where H with its damping is not
@@ -163,7 +167,7 @@ def factorize(
     drift = None if drift is None else drift[order][:, order]
     dead = permuted.diagonal() == 0
     for damping in damping_steps(config.damping):
-        upper = inverse_cholesky(permuted, dead, damping)
+        upper = inverse_cholesky(permuted, dead, damping, config.shrinkage)
         if upper is not None:
             return Factorization(order, permuted, upper, dead, damping, drift)
         log.warning("the Hessian is not positive definite with damping %g; trying more", damping)
@@ -185,14 +189,18 @@ def damping_steps(damping: float) -> list[float]:
 
 
 def inverse_cholesky(
-    hessian: torch.Tensor, dead: torch.Tensor, damping: float
+    hessian: torch.Tensor, dead: torch.Tensor, damping: float, shrinkage: float
 ) -> torch.Tensor | None:
-    """U [n, n] fp32, upper, U^T U = (H damped)^-1; None where H is not positive definite.
+    """U [n, n] fp32, upper, U^T U = (H shrunk and damped)^-1; None where H is not positive definite.
 
     Damped: damping * mean(diag H) on the diagonal, and 1 where the input is dead.
     """
     flipped = hessian.flip(0, 1)
     diagonal = flipped.diagonal()
+    if shrinkage:
+        kept = diagonal.clone()
+        flipped *= 1 - shrinkage
+        diagonal.copy_(kept)
     diagonal += damping * hessian.diagonal().mean()
     diagonal[dead.flip(0)] = 1
     lower, failed = torch.linalg.cholesky_ex(flipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,13 +79,16 @@ def test_bad_inputs(bad: float) -> None:
         accumulate(torch.tensor([[1.0, bad]]))
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
 @pytest.mark.parametrize("permutation", ["identity", "act-order"])
 @pytest.mark.parametrize("n", [1, 7, 130])
-def test_factor_against_the_oracle(n: int, permutation: str) -> None:
+def test_factor_against_the_oracle(n: int, permutation: str, shrinkage: float) -> None:
     hessian = make_problem(1, n).hessian
-    factor = factorize(hessian, SpqrConfig(permutation=permutation, damping=0.1))
+    settings = SpqrConfig(permutation=permutation, damping=0.1, shrinkage=shrinkage)
+    factor = factorize(hessian, settings)
     order = oracle.column_order(np.zeros((1, n)), hessian.numpy(), permutation)
-    expected = oracle.upper_factor(hessian.double().numpy()[np.ix_(order, order)], 0.1)
+    ordered = hessian.double().numpy()[np.ix_(order, order)]
+    expected = oracle.upper_factor(ordered, 0.1, shrinkage)
     assert factor.order.tolist() == order.tolist()
     assert torch.equal(factor.hessian, hessian[factor.order][:, factor.order])
     assert factor.damping == 0.1
@@ -98,6 +102,15 @@ def test_factor_by_hand() -> None:
     factor = factorize(torch.tensor([[1.25, -0.5], [-0.5, 1.0]]), IDENTITY)
     assert factor.upper is not None
     np.testing.assert_allclose(factor.upper, [[1, 0.5], [0, 1]], atol=1e-6)
+
+
+def test_shrinkage_by_hand() -> None:
+    # -1 shrunk by half is -0.5, as above; the Hessian that is reported is what it was.
+    hessian = torch.tensor([[1.25, -1.0], [-1.0, 1.0]])
+    factor = factorize(hessian, replace(IDENTITY, shrinkage=0.5))
+    assert factor.upper is not None
+    np.testing.assert_allclose(factor.upper, [[1, 0.5], [0, 1]], atol=1e-6)
+    assert torch.equal(factor.hessian, hessian)
 
 
 def test_dead_inputs_are_damped_like_no_other() -> None:

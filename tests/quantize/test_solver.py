@@ -50,13 +50,20 @@ def test_the_report() -> None:
     assert report.seconds > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"outlier_threshold": None}, {"damping": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"outlier_threshold": None}, {"damping": 0.1}, {"damping": 0.1, "shrinkage": 0.4}],
+    ids=str,
+)
 def test_errors_add_up_to_the_loss(settings: dict[str, Any]) -> None:
-    """sum err^2 = tr(D (H + damping) D^T): each err is what the columns behind could not mend."""
+    """sum err^2 = tr(D (H + damping) D^T), of H as it was factorised: each err is what the columns
+    behind could not mend."""
     report = quantize(**settings).report
     error = PROBLEM.weight - quantize(**settings).weight
     damping = report.damping * PROBLEM.hessian.diagonal().mean()
-    damped = PROBLEM.hessian + damping * torch.eye(len(PROBLEM.hessian))
+    hessian, shrinkage = PROBLEM.hessian, settings.get("shrinkage", 0)
+    damped = (1 - shrinkage) * hessian + shrinkage * torch.diag(hessian.diagonal())
+    damped += damping * torch.eye(len(hessian))
     assert report.error_after == pytest.approx(
         oracle.layer_loss(error.numpy(), 0 * error.numpy(), damped.numpy()), rel=1e-4
     )
