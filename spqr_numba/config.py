@@ -270,16 +270,12 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
+JOINT = SpqrConfig(stats_group_size=64, fit="joint", damping=0.1, token_weights=True)
+
 PRESETS = {
-    "near-lossless": SpqrConfig(
-        bits=4, stats_group_size=64, fit="joint", outlier_threshold=0.1, damping=0.1
-    ),
-    "balanced": SpqrConfig(
-        group_size=8, stats_group_size=64, fit="joint", outlier_threshold=0.4, damping=0.1
-    ),
-    "small": SpqrConfig(
-        group_size=32, stats_group_size=64, fit="joint", outlier_threshold=0.8, damping=0.1
-    ),
+    "near-lossless": replace(JOINT, bits=4, outlier_threshold=0.1),
+    "balanced": replace(JOINT, group_size=8, outlier_threshold=0.4),
+    "small": replace(JOINT, group_size=32, outlier_threshold=0.8),
     "paper": SpqrConfig(),
     "paper-4bit": SpqrConfig(bits=4, outlier_threshold=0.1),
 }

@@ -38,6 +38,7 @@ def test_the_defaults_are_the_papers() -> None:
 def test_presets_keep_to_their_bits(name: str, bits: float) -> None:
     """Without outliers, of which 0.1 % cost 0.032 bits."""
     assert PRESETS[name].fit == "joint"
+    assert PRESETS[name].token_weights
     assert PRESETS[name].formula_bits(0.001) == pytest.approx(bits + 0.032)
 
 

@@ -9,14 +9,19 @@ so errors of different linears, each weighed by its sensitivity, may be added up
 tokens pass by (an expert of a mixture) has no gradient there, and counts that much less. Tokens too
 differ, by more than linears do: what one of them loses may never be heard of again.
 
-    forward     block by block; what each gets is kept in main memory, of some windows at a time
+    forward     block by block; what blocks get is kept in main memory, of some windows at a time
     backward    head, then block by block from the last: each runs again, with gradients
+
+That walks over all weights twice for each portion of the windows. A large model would have many
+small portions; there one block in several keeps what it gets, and on the way back the forward pass
+is made again from one of them to the next: three walks, for far fewer portions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,16 +29,19 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import NumericsError
+from ..errors import ModelError, NumericsError
 from .activations import Activations, logits
 from .skeleton import Parts
 
 __all__ = ["TokenWeights", "sensitivities", "token_sensitivities"]
 
-# The gradients of a wide fp16 model are near the smallest numbers that fp16 has.
-LOSS_SCALE = 256.0
-KEPT_BYTES = 2**33  # of what blocks get
+# The gradients of a wide fp16 model are near the smallest numbers that fp16 has; where they go
+# beyond the largest, the second serves.
+LOSS_SCALES = (256.0, 1.0)
+KEPT_BYTES = 2**33  # of what blocks get; of a model so large that it is more,
+KEPT_SHARE = 0.25  # of the bytes of its weights
 LEAST_WEIGHT = 1e-4  # of a token: no input is lost to a Hessian
+WITHOUT = "compress without token weights (--no-token-weights) and target bits"
 
 
 def sensitivities(
@@ -72,11 +80,46 @@ def token_sensitivities(
     what is being done. Raises NumericsError where a gradient is not finite, ModelError where blocks
     cannot be run one by one.
     """
-    width = parts.model.config.get_text_config().hidden_size
-    window_bytes = len(parts.blocks) * windows.shape[1] * width * parts.dtype.itemsize
-    some = batch_size * max(1, KEPT_BYTES // (window_bytes * batch_size))
-    found = [_squares(parts, linears, few, batch_size, note) for few in windows.split(some)]
+    some, span = _portions(parts, windows, batch_size)
+    found = [
+        _finite_squares(parts, linears, few, batch_size, span, note) for few in windows.split(some)
+    ]
     return {name: torch.cat([squares[name] for squares in found]) for name in linears}
+
+
+def _portions(parts: Parts, windows: torch.Tensor, batch_size: int) -> tuple[int, int]:
+    """(windows at once, blocks from one whose input is kept to the next): the fewest walks over
+    the weights for what may be kept."""
+    count, width = len(parts.blocks), parts.model.config.get_text_config().hidden_size
+    weights = sum(parameter.numel() for parameter in parts.model.parameters())
+    kept = max(KEPT_BYTES, int(KEPT_SHARE * weights * parts.dtype.itemsize))
+    batch_bytes = batch_size * windows.shape[1] * width * parts.dtype.itemsize
+    plans = []
+    for span, walks in ((1, 2), (round(count**0.5), 3)):
+        states = -(-count // span) + span - 1
+        some = batch_size * max(1, kept // (batch_bytes * states))
+        plans.append((walks * -(-len(windows) // some), some, span))
+    _, some, span = min(plans, key=lambda plan: plan[0])
+    return some, span
+
+
+def _finite_squares(
+    parts: Parts,
+    linears: Collection[str],
+    windows: torch.Tensor,
+    batch_size: int,
+    span: int,
+    note: Callable[[str], object],
+) -> dict[str, torch.Tensor]:
+    """`_squares`, with the first scale of the loss that leaves them finite."""
+    for scale in LOSS_SCALES:
+        squares = _squares(parts, linears, windows, batch_size, span, scale, note)
+        endless = next((name for name, s in squares.items() if not torch.isfinite(s).all()), None)
+        if endless is None:
+            return squares
+    raise NumericsError(
+        f"the loss has no finite gradient at {endless}; check the model's weights, or {WITHOUT}"
+    )
 
 
 def _squares(
@@ -84,47 +127,70 @@ def _squares(
     linears: Collection[str],
     windows: torch.Tensor,
     batch_size: int,
+    span: int,
+    scale: float,
     note: Callable[[str], object],
 ) -> dict[str, torch.Tensor]:
-    """`token_sensitivities` of so few windows that what every block gets of them can be kept."""
+    """`token_sensitivities` of so few windows that what some blocks get of them can be kept."""
     squares = _Squares(linears, windows.shape)
-    activations, inputs, gradients = _forward(parts, windows, batch_size)
-    for index in reversed(range(len(parts.blocks))):
-        name = parts.blocks.name(index)
-        note(f"{name}, gradients")
-        with parts.block(index) as block, squares.watching(name, block):
-            states = inputs.pop()
-            for start in range(0, len(windows), batch_size):
-                squares.batch = slice(start, start + batch_size)
-                batch = gradients[squares.batch], states[squares.batch]
-                gradients[squares.batch] = _backward(activations, block, index, *batch)
-    return squares.finite()
+    activations, kept, gradients = _forward(parts, windows, batch_size, span, scale)
+    bounds = [*range(0, len(parts.blocks), span), len(parts.blocks)]
+    for first, end in reversed(list(pairwise(bounds))):
+        inputs = _inputs(parts, activations, kept.pop(), range(first, end))
+        for index in reversed(range(first, end)):
+            name = parts.blocks.name(index)
+            note(f"{name}, gradients")
+            with parts.block(index) as block, squares.watching(name, block):
+                states = inputs.pop()
+                for start in range(0, len(windows), batch_size):
+                    squares.batch = slice(start, start + batch_size)
+                    batch = gradients[squares.batch], states[squares.batch]
+                    gradients[squares.batch] = _backward(activations, block, index, *batch)
+    return squares.scaled(scale)
 
 
 def _forward(
-    parts: Parts, windows: torch.Tensor, batch_size: int
+    parts: Parts, windows: torch.Tensor, batch_size: int, span: int, scale: float
 ) -> tuple[Activations, list[torch.Tensor], torch.Tensor]:
-    """(activations, what each block gets, the gradient of the loss at the last block's output)."""
+    """(activations, what each `span`th block gets, the gradient at the last block's output)."""
     with parts.outside():
         activations = Activations.start(parts.model, parts.blocks.modules, windows, batch_size)
-    inputs = []
+    kept = []
     for index in range(len(parts.blocks)):
-        inputs.append(activations.states.to("cpu", copy=True))
+        if index % span == 0:
+            kept.append(activations.states.to("cpu", copy=True))
         with parts.block(index) as block:
             activations.advance(block, index)
+    gradients = activations.states.clone()
     with parts.outside():
-        for window, states in zip(windows.split(1), activations.states.split(1), strict=True):
-            states.copy_(_head_gradient(parts, window, states))
-    return activations, inputs, activations.states
+        for window, states in zip(windows.split(1), gradients.split(1), strict=True):
+            states.copy_(_head_gradient(parts, window, states, scale))
+    return activations, kept, gradients
 
 
-def _head_gradient(parts: Parts, window: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def _inputs(
+    parts: Parts, activations: Activations, states: torch.Tensor, blocks: range
+) -> list[torch.Tensor]:
+    """What each of some blocks in a row gets, in main memory, of which the first gets `states`."""
+    inputs = [states]
+    if len(blocks) > 1:
+        activations.states.copy_(states)
+    for index in blocks[:-1]:
+        with parts.block(index) as block:
+            activations.advance(block, index)
+        inputs.append(activations.states.to("cpu", copy=True))
+    return inputs
+
+
+def _head_gradient(
+    parts: Parts, window: torch.Tensor, states: torch.Tensor, scale: float
+) -> torch.Tensor:
     """The gradient of the loss at the last block's output [1, L, d], scaled."""
     leaf = states.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable("the head"):
         made = logits(parts.model, parts.blocks.modules, window, leaf)[0, :-1]
         loss = F.cross_entropy(made.float(), window[0, 1:], reduction="sum")
-        (gradient,) = torch.autograd.grad(LOSS_SCALE * loss, leaf)
+        (gradient,) = torch.autograd.grad(scale * loss, leaf)
     return gradient
 
 
@@ -138,10 +204,23 @@ def _backward(
     """The gradient at the input [B, L, d] of a block, given that at its output."""
     leaf = states.to(gradient.device).requires_grad_()
     # On a GPU the other kernels sum a gradient in any order, and a plan must not change by that.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    attention = sdpa_kernel(SDPBackend.MATH) if leaf.is_cuda else nullcontext()
+    with torch.enable_grad(), attention, differentiable(f"decoder block {index}"):
         output = activations.run(block, index, leaf)
         (gradient,) = torch.autograd.grad(output, leaf, gradient)
     return gradient
+
+
+@contextmanager
+def differentiable(part: str) -> Iterator[None]:
+    """Say what to do where a part of the model cannot be run backward."""
+    try:
+        yield
+    except (ModelError, RuntimeError) as error:
+        raise ModelError(
+            f"{part} cannot be run backward ({error}); {WITHOUT}, or, where memory is short, give a"
+            " smaller batch size"
+        ) from error
 
 
 class _Squares:
@@ -164,16 +243,9 @@ class _Squares:
                     hooks.enter_context(module.register_forward_hook(self._hook(linear)))
             yield
 
-    def finite(self) -> dict[str, torch.Tensor]:
-        """Linear -> squares. Raises NumericsError where one is not finite."""
-        for linear, squares in self._found.items():
-            if not torch.isfinite(squares).all():
-                raise NumericsError(
-                    f"the loss has no finite gradient at {linear}; check the model's weights, or"
-                    " compress without target_bits and token_weights"
-                )
-            squares /= LOSS_SCALE**2
-        return self._found
+    def scaled(self, scale: float) -> dict[str, torch.Tensor]:
+        """Linear -> squares, of the loss itself where `scale` of it was looked at."""
+        return {linear: squares / scale**2 for linear, squares in self._found.items()}
 
     def _hook(self, linear: str) -> Callable:
         def add(gradient: torch.Tensor) -> None:

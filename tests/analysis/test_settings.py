@@ -64,6 +64,7 @@ def test_an_ablation_adds_and_leaves_out_each_part() -> None:
         "paper, outlier_threshold 0.4": replace(PAPER, outlier_threshold=0.4),
         "paper, damping 0.1": replace(PAPER, damping=0.1),
         "paper, true_sequential on": replace(PAPER, true_sequential=True),
+        "paper, token_weights on": replace(PAPER, token_weights=True),
         "paper, outlier_threshold none": replace(PAPER, outlier_threshold=None),
         "balanced, true_sequential on": full,
         "balanced, true_sequential on, group_size 16, stats_group_size 16": replace(
@@ -73,6 +74,7 @@ def test_an_ablation_adds_and_leaves_out_each_part() -> None:
         "balanced, true_sequential on, outlier_threshold 0.2": replace(full, outlier_threshold=0.2),
         "balanced, true_sequential on, damping 1.0": replace(full, damping=1.0),
         "balanced, true_sequential off": BALANCED,
+        "balanced, true_sequential on, token_weights off": replace(full, token_weights=False),
         "balanced, true_sequential on, outlier_threshold none": replace(
             full, outlier_threshold=None
         ),

@@ -35,6 +35,7 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
 
 
 BALANCED = PRESETS["balanced"]
+JOINT = SpqrConfig(fit="joint", damping=0.1, token_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ BALANCED = PRESETS["balanced"]
         ("--preset small", PRESETS["small"]),
         ("--preset paper", SpqrConfig()),
         (f"--preset paper {PAPER_COMMAND}", SpqrConfig(bits=4, outlier_threshold=0.1)),
-        (PAPER_COMMAND, SpqrConfig(bits=4, outlier_threshold=0.1, fit="joint", damping=0.1)),
+        (PAPER_COMMAND, replace(JOINT, bits=4, outlier_threshold=0.1)),
         ("--preset paper-4bit --bits 2", SpqrConfig(bits=2, outlier_threshold=0.1)),
         ("--groupsize -1", replace(BALANCED, group_size=None)),
         ("--group-size row", replace(BALANCED, group_size=None)),
@@ -55,7 +56,9 @@ BALANCED = PRESETS["balanced"]
         ("--true-sequential", replace(BALANCED, true_sequential=True)),
         ("--true_sequential", replace(BALANCED, true_sequential=True)),
         ("--asymmetric", replace(BALANCED, asymmetric=True)),
-        ("--token-weights", replace(BALANCED, token_weights=True)),
+        ("--token-weights", BALANCED),
+        ("--no-token-weights", replace(BALANCED, token_weights=False)),
+        ("--preset paper --token-weights", SpqrConfig(token_weights=True)),
         ("--no-true-sequential --no-asymmetric", BALANCED),
         ("--preset paper --round-zero", SpqrConfig(round_zero=True)),
         ("--preset paper --round_zero 1", SpqrConfig(round_zero=True)),

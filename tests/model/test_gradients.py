@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from spqr_numba.config import SpqrConfig
-from spqr_numba.errors import NumericsError
+from spqr_numba.errors import ModelError, NumericsError
 from spqr_numba.model import gradients
 from spqr_numba.model.blocks import find_blocks, plan
 from spqr_numba.model.gradients import (
@@ -24,7 +25,7 @@ from spqr_numba.model.integration import load_model
 from spqr_numba.model.skeleton import Parts, build_skeleton
 from spqr_numba.model.source import open_source
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, make, save
 
 WINDOWS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -105,6 +106,7 @@ def test_tokens_are_told_apart_however_many_run_at_once(
         alone = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
         together = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
         monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
+        monkeypatch.setattr(gradients, "KEPT_SHARE", 0)
         apart = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
         felt = sensitivities(parts, names, WINDOWS, lambda _: None)
     for linear in names:
@@ -114,6 +116,80 @@ def test_tokens_are_told_apart_however_many_run_at_once(
         torch.testing.assert_close(together[linear], alone[linear], rtol=1e-3, atol=0)
         assert torch.equal(apart[linear], alone[linear])
     assert (alone[names[0]][:, -1] == 0).all()  # the last token predicts nothing
+
+
+def test_what_blocks_get_may_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks, of which the first, the third and the last keep it."""
+    save(make("llama", num_hidden_layers=5), tmp_path)
+    parts = parts_of(tmp_path)
+    names = list(plan(parts.blocks, SpqrConfig()))
+    walks = Walks(parts)
+    with torch.no_grad():
+        kept = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+        assert walks.read == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+        walks.read.clear()
+        monkeypatch.setattr(gradients, "_portions", lambda *_: (4, 2))
+        again = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+    assert walks.read == [0, 1, 2, 3, 4, 4, 2, 3, 2, 0, 1, 0]
+    assert all(torch.equal(again[name], kept[name]) for name in names)
+
+
+class Walks:
+    """Notes which blocks of `parts` are loaded."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.read: list[int] = []
+        block = parts.block
+
+        def noted(index: int) -> Any:
+            self.read.append(index)
+            return block(index)
+
+        parts.block = noted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "width", "weights", "portions"),
+    [
+        (30, 576, 135e6, (480, 1)),  # SmolLM2: all 128 windows, at 18 MB each
+        (32, 4096, 6.7e9, (46, 6)),  # three portions of 8 GiB, in place of eight that keep all
+        (80, 8192, 69e9, (60, 9)),  # three of 34 GB, in place of eleven
+    ],
+)
+def test_portions_are_those_of_the_fewest_walks(
+    blocks: int, width: int, weights: float, portions: tuple[int, int]
+) -> None:
+    model = Namespace(
+        config=Namespace(get_text_config=lambda: Namespace(hidden_size=width)),
+        parameters=lambda: [Namespace(numel=lambda: int(weights))],
+    )
+    parts: Any = Namespace(model=model, blocks=range(blocks), dtype=torch.float16)
+    length = 512 if width == 576 else 2048
+    windows = torch.zeros(1, 1).expand(128, length)
+    assert gradients._portions(parts, windows, 4096 // length) == portions
+
+
+def test_a_smaller_scale_serves_where_fp16_ends(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = parts_of(folder_of("llama"))
+    names = list(plan(parts.blocks, SpqrConfig()))
+    with torch.no_grad():
+        expected = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        monkeypatch.setattr(gradients, "LOSS_SCALES", (1e30, 1.0))
+        found = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=0)
+
+
+def test_a_block_without_gradient_is_named(folder_of: Callable[[str], Path]) -> None:
+    parts = parts_of(folder_of("llama"))
+    parts.blocks.modules[1].register_forward_pre_hook(
+        lambda _, args: tuple(arg.detach() if arg.requires_grad else arg for arg in args)
+    )
+    message = r"decoder block 1 cannot be run backward \(.*\); compress without token weights"
+    with torch.no_grad(), pytest.raises(ModelError, match=message):
+        sensitivities(parts, list(plan(parts.blocks, SpqrConfig())), WINDOWS, lambda _: None)
 
 
 def test_weights_are_one_on_average() -> None:
