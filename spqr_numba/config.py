@@ -270,7 +270,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-JOINT = SpqrConfig(stats_group_size=64, fit="joint", damping=0.1, token_weights=True)
+JOINT = SpqrConfig(stats_group_size=64, fit="joint", damping=0.1, shrinkage=0.2, token_weights=True)
 
 PRESETS = {
     "near-lossless": replace(JOINT, bits=4, outlier_threshold=0.1),

@@ -204,7 +204,8 @@ def _backward(
     """The gradient at the input [B, L, d] of a block, given that at its output."""
     leaf = states.to(gradient.device).requires_grad_()
     # On a GPU the other kernels sum a gradient in any order, and a plan must not change by that.
-    attention = sdpa_kernel(SDPBackend.MATH) if leaf.is_cuda else nullcontext()
+    on_gpu = any(parameter.is_cuda for parameter in block.parameters())
+    attention = sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext()
     with torch.enable_grad(), attention, differentiable(f"decoder block {index}"):
         output = activations.run(block, index, leaf)
         (gradient,) = torch.autograd.grad(output, leaf, gradient)

@@ -63,6 +63,7 @@ def test_an_ablation_adds_and_leaves_out_each_part() -> None:
         "paper, fit joint": replace(PAPER, fit="joint"),
         "paper, outlier_threshold 0.4": replace(PAPER, outlier_threshold=0.4),
         "paper, damping 0.1": replace(PAPER, damping=0.1),
+        "paper, shrinkage 0.2": replace(PAPER, shrinkage=0.2),
         "paper, true_sequential on": replace(PAPER, true_sequential=True),
         "paper, token_weights on": replace(PAPER, token_weights=True),
         "paper, outlier_threshold none": replace(PAPER, outlier_threshold=None),
@@ -73,6 +74,7 @@ def test_an_ablation_adds_and_leaves_out_each_part() -> None:
         "balanced, true_sequential on, fit min-max": replace(full, fit="min-max"),
         "balanced, true_sequential on, outlier_threshold 0.2": replace(full, outlier_threshold=0.2),
         "balanced, true_sequential on, damping 1.0": replace(full, damping=1.0),
+        "balanced, true_sequential on, shrinkage 0.0": replace(full, shrinkage=0.0),
         "balanced, true_sequential off": BALANCED,
         "balanced, true_sequential on, token_weights off": replace(full, token_weights=False),
         "balanced, true_sequential on, outlier_threshold none": replace(

@@ -35,7 +35,7 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
 
 
 BALANCED = PRESETS["balanced"]
-JOINT = SpqrConfig(fit="joint", damping=0.1, token_weights=True)
+JOINT = SpqrConfig(fit="joint", damping=0.1, shrinkage=0.2, token_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ JOINT = SpqrConfig(fit="joint", damping=0.1, token_weights=True)
         ("--group-size row", replace(BALANCED, group_size=None)),
         ("--damping 0", replace(BALANCED, damping=0)),
         ("--percdamp 1e0", replace(BALANCED, damping=1.0)),
+        ("--shrinkage 0", replace(BALANCED, shrinkage=0.0)),
         ("--outlier-threshold inf", replace(BALANCED, outlier_threshold=None)),
         ("--simplified_outliers", replace(BALANCED, outlier_search="simplified")),
         ("--true-sequential", replace(BALANCED, true_sequential=True)),
@@ -69,7 +70,7 @@ JOINT = SpqrConfig(fit="joint", damping=0.1, token_weights=True)
         ("--skip lm --skip head", replace(BALANCED, skip=("lm", "head"))),
         (
             "--nearest --wbits 3 --groupsize 16 --scale-bits 16 --zero-bits 16",
-            replace(SpqrConfig.rtn(3, 16), stats_group_size=64, damping=0.1),
+            replace(SpqrConfig.rtn(3, 16), stats_group_size=64, damping=0.1, shrinkage=0.2),
         ),
         (
             "--nearest --permutation spearman --preset paper",
