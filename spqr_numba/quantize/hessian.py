@@ -2,8 +2,8 @@
 
 H = (2/N) sum x x^T over the layer's N calibration inputs. Inputs of 16 bits are multiplied in TF32
 on a GPU: their products are exact in it, and sums are fp32 as ever. U is upper triangular with
-U^T U = H^-1 (H permuted, shrunk and damped): the inverse of the reversed Cholesky factor, so that one
-Cholesky and one triangular inverse suffice. With J the reversal of order and J H J = L L^T,
+U^T U = H^-1 (H permuted, shrunk and damped): the inverse of the reversed Cholesky factor, so that
+one Cholesky and one triangular inverse suffice. With J the reversal of order and J H J = L L^T,
 H = (J L J)(J L J)^T and U = J L^-1 J.
 
 Shrunk: off the diagonal times 1 - shrinkage. Which inputs are large, any text says; which ones go
@@ -134,7 +134,8 @@ class Factorization:
     """What quantizing needs to know of a layer's inputs; shared by layers with the same inputs.
 
     order     int64 [n]     the input that each permuted column belongs to
-    hessian   fp32 [n, n]   permuted, neither shrunk nor damped; None where nothing is known of the inputs
+    hessian   fp32 [n, n]   permuted, neither shrunk nor damped; None where nothing is known of the
+                            inputs
     upper     fp32 [n, n]   U; None where weights are rounded to nearest
     dead      bool [n]      inputs that were always 0, permuted
     damping   share of mean(diag H) that was added
@@ -191,7 +192,8 @@ def damping_steps(damping: float) -> list[float]:
 def inverse_cholesky(
     hessian: torch.Tensor, dead: torch.Tensor, damping: float, shrinkage: float
 ) -> torch.Tensor | None:
-    """U [n, n] fp32, upper, U^T U = (H shrunk and damped)^-1; None where H is not positive definite.
+    """U [n, n] fp32, upper, U^T U = (H shrunk and damped)^-1; None where that is not positive
+    definite.
 
     Damped: damping * mean(diag H) on the diagonal, and 1 where the input is dead.
     """
