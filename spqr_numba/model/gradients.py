@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = ["TokenWeights", "sensitivities", "token_sensitivities"]
 LOSS_SCALES = (256.0, 1.0)
 KEPT_BYTES = 2**33  # of what blocks get; of a model so large that it is more,
 KEPT_SHARE = 0.25  # of the bytes of its weights
+BLOCK_INPUTS = 16  # whose weights are kept: each batch of windows asks for them again
 LEAST_WEIGHT = 1e-4  # of a token: no input is lost to a Hessian
 WITHOUT = "compress without token weights (--no-token-weights) and target bits"
 
@@ -269,10 +271,13 @@ class TokenWeights:
 
     def __init__(self, squares: Mapping[str, torch.Tensor]) -> None:
         self.squares = squares
+        self._all = lru_cache(maxsize=BLOCK_INPUTS)(self._of_all)
 
     def of(self, linears: Iterable[str], windows: slice) -> torch.Tensor:
         """fp32 [B, L] for some of the windows, of an input that `linears` share."""
+        return self._all(tuple(linears))[windows]
+
+    def _of_all(self, linears: tuple[str, ...]) -> torch.Tensor:
         felt = torch.stack([self.squares[name].float() for name in linears]).sum(0)
         mean = felt.mean()
-        weights = (felt[windows] / mean).clamp(min=LEAST_WEIGHT)
-        return weights if mean > 0 else torch.ones_like(weights)
+        return (felt / mean).clamp(min=LEAST_WEIGHT) if mean > 0 else torch.ones_like(felt)

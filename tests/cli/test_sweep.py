@@ -98,7 +98,7 @@ def test_without_flags_the_default_preset(run: Run, tmp_path: Path, asked: dict[
 def test_an_ablation_in_one_command(run: Run, tmp_path: Path, asked: dict[str, Any]) -> None:
     result = run(f"sweep {tmp_path / 'out'} --ablate --true-sequential on --baselines 3")
     assert result.exit_code == 0, result.output
-    assert len(asked["settings"]) == 2 * 8 + 4
+    assert len(asked["settings"]) == 2 * 9 + 4
     assert "paper, fit joint" in asked["settings"]
     assert "balanced, true_sequential off" in asked["settings"]
 
