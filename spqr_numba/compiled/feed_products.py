@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, Ignored, KeywordArg, Match
 
+from ..kernels.feed import HALVES
 from .join_products import call
 
 __all__ = ["feed_products"]
 
 FED_ON: tuple[str, ...] = ("cuda",)  # kinds of device
-HALVES = torch.float16, torch.bfloat16
 
 operators, aten = torch.ops.spqr_numba, torch.ops.aten
 PRODUCTS = operators.matmul.default, operators.matmul_fused.default
@@ -36,7 +36,7 @@ NEGATIVE = CallFunction(aten.neg.default, FLOATS)
 ONE_MORE = CallFunction(aten.add.Tensor, CallFunction(aten.exp.default, NEGATIVE), 1)
 SIGMOID = CallFunction(aten.sigmoid.default, FLOATS)
 SHAPES = tuple(
-    CallFunction(CONVERT, made, KeywordArg("dtype"))
+    CallFunction(CONVERT, made, Ignored())  # the dtype: `are_alike` asks for it
     for made in (
         CallFunction(aten.mul.Tensor, FLOATS, ROOT),
         CallFunction(aten.div.Tensor, FLOATS, ONE_MORE),
@@ -86,9 +86,7 @@ def are_alike(found: Fed, node: fx.Node) -> bool:
 
 def takes(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node is a product whose input this is."""
-    return (
-        user.target in PRODUCTS and user.args[0] is node and user.all_input_nodes.count(node) == 1
-    )
+    return user.target in PRODUCTS and user.args[0] is node
 
 
 def put_into_product(graph: fx.Graph, product: fx.Node, found: Fed) -> None:

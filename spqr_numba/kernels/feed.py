@@ -19,9 +19,9 @@ from ..format.matrix import SpqrMatrix
 from .matmul import GPU_LOAD_BYTES, check_input, matmul, product_of
 from .prepared import PreparedMatrix
 
-__all__ = ["Feed", "fed", "matmul_fed"]
+__all__ = ["HALVES", "Feed", "fed", "matmul_fed"]
 
-HALVES = torch.float16, torch.bfloat16
+HALVES = torch.float16, torch.bfloat16  # of what a launch makes itself
 
 
 class Feed(NamedTuple):

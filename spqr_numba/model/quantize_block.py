@@ -182,8 +182,8 @@ def factorization_key(name: str, config: SpqrConfig) -> tuple | None:
     if not config.use_hessian:
         return None
     own = name if config.permutation == "spearman" else None
-    own_settings = config.permutation, config.damping, config.shrinkage
-    return (*own_settings, config.on_failed_factorization, own)
+    fallback = config.on_failed_factorization
+    return (config.permutation, config.damping, config.shrinkage, fallback, own)
 
 
 @contextmanager

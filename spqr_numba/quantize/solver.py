@@ -87,7 +87,7 @@ def quantize_weight(
 
     weight   [m, n], any float dtype; not changed
     hessian  fp32 [n, n], or its Factorization (layers with the same inputs share one; made with the
-             same permutation and damping), or None where config.use_hessian is False
+             same permutation, damping and shrinkage), or None where config.use_hessian is False
 
     Raises InputError for shapes that do not fit, NumericsError for NaN or inf, weights beyond fp16,
     or a Hessian that cannot be factorised.
