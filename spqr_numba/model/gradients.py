@@ -266,6 +266,9 @@ class _Squares:
 class TokenWeights:
     """How much each token counts in the Hessian of an input: 1 on average over all of them.
 
+    Of linears that share an input each has the same say: the loss feels values (v_proj) so much
+    more than keys and queries that the sum would be the values' weights.
+
     squares   what `token_sensitivities` found
     """
 
@@ -278,6 +281,6 @@ class TokenWeights:
         return self._all(tuple(linears))[windows]
 
     def _of_all(self, linears: tuple[str, ...]) -> torch.Tensor:
-        felt = torch.stack([self.squares[name].float() for name in linears]).sum(0)
-        mean = felt.mean()
-        return (felt / mean).clamp(min=LEAST_WEIGHT) if mean > 0 else torch.ones_like(felt)
+        felt = [self.squares[name].float() for name in linears]
+        shares = [one / mean if (mean := one.mean()) > 0 else torch.ones_like(one) for one in felt]
+        return torch.stack(shares).mean(0).clamp(min=LEAST_WEIGHT)

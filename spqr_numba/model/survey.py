@@ -25,7 +25,7 @@ from ..quantize.hessian import Factorization, factorize
 from ..quantize.outliers import outlier_threshold
 from ..quantize.solver import quantize_weight
 from .activations import Activations
-from .blocks import input_groups
+from .blocks import InputGroup, input_groups
 from .budget import Curves, Option, Target, between, lower_hull
 from .gradients import TokenWeights, mean_sensitivities, sensitivities
 from .input_sums import InputSums
@@ -228,10 +228,19 @@ def _factorizations(
     clock: Clock,
     weights: TokenWeights | None,
 ) -> Iterator[tuple[str, Factorization]]:
-    """(name, factorization) of the linears that calibrate; equal settings share what they can."""
+    """(name, factorization) of the linears that calibrate; equal settings share what they can.
+
+    Its Hessian, by which losses are told, is of tokens weighed for that linear alone.
+    """
     wanted = {name: linear for name, linear in linears.items() if settings[name].use_hessian}
     groups = input_groups(wanted, lambda: activations.run_first(block, index))
-    some = {group: wanted[group.names[0]] for group in groups}
+    alone = {
+        name: InputGroup((name,), group.calls)
+        for group in groups
+        for name in group.names
+        if weights is not None and len(group.names) > 1
+    }
+    some = {group: wanted[group.names[0]] for group in (*groups, *alone.values())}
     sums = InputSums(block, some, clock, weigher(weights, activations))
     with sums.hooked():
         activations.run_all(block, index)
@@ -244,4 +253,8 @@ def _factorizations(
             if key not in known:
                 with named(name):
                     known[key] = factorize(matrix, settings[name], wanted[name].weight)
-            yield name, known[key]
+            factor = known[key]
+            if name in alone:
+                own = sums.hessians.pop(alone[name]).matrix
+                factor = replace(factor, hessian=own[factor.order][:, factor.order])
+            yield name, factor

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 import transformers
 
+from spqr_numba.model.blocks import find_blocks
+from spqr_numba.model.skeleton import Parts, build_skeleton
+from spqr_numba.model.source import open_source
+
 from ..tiny import byte_tokenizer
 
 COMMON: dict[str, Any] = {
@@ -63,6 +67,15 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def parts_of(folder: Path, device: str = "cpu") -> Parts:
+    """A saved model's, with nothing of it loaded."""
+    source = open_source(str(folder))
+    model = build_skeleton(source.config, torch.float32)
+    return Parts(
+        model, find_blocks(model), source.weights(model), torch.device(device), torch.float32
+    )
 
 
 @cache

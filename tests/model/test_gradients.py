@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import ModelError, NumericsError
 from spqr_numba.model import gradients
-from spqr_numba.model.blocks import find_blocks, plan
+from spqr_numba.model.blocks import plan
 from spqr_numba.model.gradients import (
     TokenWeights,
     mean_sensitivities,
@@ -22,20 +22,11 @@ from spqr_numba.model.gradients import (
     token_sensitivities,
 )
 from spqr_numba.model.integration import load_model
-from spqr_numba.model.skeleton import Parts, build_skeleton
-from spqr_numba.model.source import open_source
+from spqr_numba.model.skeleton import Parts
 
-from .architectures import ARCHITECTURES, make, save
+from .architectures import ARCHITECTURES, make, parts_of, save
 
 WINDOWS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
-
-
-def parts_of(folder: Path, device: str = "cpu") -> Parts:
-    source = open_source(str(folder))
-    model = build_skeleton(source.config, torch.float32)
-    return Parts(
-        model, find_blocks(model), source.weights(model), torch.device(device), torch.float32
-    )
 
 
 def by_autograd(folder: Path, names: list[str]) -> dict[str, float]:
@@ -194,10 +185,10 @@ def test_a_block_without_gradient_is_named(folder_of: Callable[[str], Path]) -> 
 
 def test_weights_are_one_on_average() -> None:
     squares = {
-        "a": torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
+        "a": torch.tensor([[10.0, 20.0], [10.0, 0.0]]),
         "b": torch.tensor([[1.0, 0, 1, 0]]).view(2, 2),
     }
     weights = TokenWeights(squares)
-    assert torch.equal(weights.of(["a", "b"], slice(2)), torch.tensor([[1.0, 1], [2, 1e-4]]))
+    assert torch.equal(weights.of(["a", "b"], slice(2)), torch.tensor([[1.5, 1], [1.5, 1e-4]]))
     assert torch.equal(weights.of(["b"], slice(1, 2)), torch.tensor([[2.0, 1e-4]]))
     assert torch.equal(TokenWeights({"a": torch.zeros(2, 3)}).of(["a"], slice(2)), torch.ones(2, 3))

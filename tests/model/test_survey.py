@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from spqr_numba.config import SpqrConfig
-from spqr_numba.model.survey import Sample, candidates, least_bytes, sampled_rows
+from spqr_numba.model.activations import Activations
+from spqr_numba.model.blocks import plan
+from spqr_numba.model.gradients import TokenWeights
+from spqr_numba.model.report import Clock
+from spqr_numba.model.survey import (
+    Sample,
+    _factorizations,
+    candidates,
+    least_bytes,
+    sampled_rows,
+)
 from spqr_numba.quantize.hessian import factorize
 from spqr_numba.quantize.solver import quantize_weight
 
 from ..problems import make_problem
+from .architectures import parts_of
 
 CONFIG = SpqrConfig(damping=0.1)
 
@@ -105,3 +118,33 @@ def test_the_least_bytes_need_no_measurement() -> None:
     for per_layer in (False, True):
         smallest = min(option.nbytes for option in sample.options(CONFIG, per_layer))
         assert least_bytes(CONFIG, linear, per_layer) == smallest
+
+
+def test_losses_are_told_by_tokens_as_each_linear_weighs_them(
+    folder_of: Callable[[str], Path],
+) -> None:
+    parts = parts_of(folder_of("llama"))
+    windows = torch.randint(0, 256, (3, 12))
+    settings = {n: c for n, c in plan(parts.blocks, CONFIG).items() if ".0.self_attn" in n}
+    weights = TokenWeights({name: torch.rand(3, 12).square() for name in settings})
+
+    def found(names: list[str]) -> dict:
+        linears = {name: parts.model.get_submodule(name) for name in names}
+        with parts.outside():
+            start = Activations.start(parts.model, parts.blocks.modules, windows, 2)
+        with parts.block(0) as block:
+            clock = Clock(parts.device)
+            return dict(_factorizations(block, 0, linears, settings, start, clock, weights))
+
+    together = found(list(settings))
+    queries, keys, values = (f"{n}_proj" for n in "qkv")
+    by_kind = {name.rpartition(".")[2]: name for name in settings}
+    uppers = [together[by_kind[kind]].upper for kind in (queries, keys, values)]
+    assert all(torch.equal(upper, uppers[0]) for upper in uppers)
+    for name, factor in together.items():
+        alone = found([name])[name]
+        back, own_back = factor.order.argsort(), alone.order.argsort()
+        torch.testing.assert_close(
+            factor.hessian[back][:, back], alone.hessian[own_back][:, own_back]
+        )
+    assert not torch.allclose(together[by_kind[queries]].hessian, together[by_kind[keys]].hessian)
