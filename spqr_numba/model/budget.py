@@ -1,10 +1,11 @@
 """Where a bit buys most: one budget for many layers, each with several ways to compress it.
 
 Each layer has a curve, its options with their bytes and their loss; the losses of all layers add
-up. With a price on a byte every layer decides for itself: it takes the option of least
-loss + price * bytes, and that one lies on the lower convex hull of its curve. So the answer walks
-along the hulls. Of all next steps it takes the one whose loss falls most a byte, until none fits
-into the budget (Everett's multipliers, 1963; the greedy solution of a convex knapsack).
+up. (A layer is one linear here, or several that are compressed alike.) With a price on a byte every
+layer decides for itself: it takes the option of least loss + price * bytes, and that one lies on
+the lower convex hull of its curve. So the answer walks along the hulls. Of all next steps it takes
+the one whose loss falls most a byte, until none fits into the budget (Everett's multipliers, 1963;
+the greedy solution of a convex knapsack).
 
     loss |\\                    what fits ends where all layers have about the same slope:
          | o                   the price of a byte
@@ -32,6 +33,7 @@ from ..errors import ConfigError
 
 __all__ = [
     "Curves",
+    "Layers",
     "Option",
     "Ration",
     "Target",
@@ -71,9 +73,12 @@ class Option:
         )
 
 
-Curves = Mapping[str, Sequence[Option]]
-"""Full name of a layer -> its options."""
-Hulls = Mapping[str, list[Option]]
+Layers = tuple[str, ...]
+"""Full names of linears that are compressed alike."""
+Curves = Mapping[Layers, Sequence[Option]]
+"""Linears -> their options, the bytes and the loss of all of them together."""
+Hulls = Mapping[Layers, list[Option]]
+Step = tuple[Layers, Option, Option]
 
 
 def lower_hull(options: Iterable[Option]) -> list[Option]:
@@ -93,7 +98,7 @@ def _gain(option: Option, larger: Option) -> float:
     return (option.loss - larger.loss) / (larger.nbytes - option.nbytes)
 
 
-def allocate(curves: Curves, nbytes: float) -> dict[str, Option]:
+def allocate(curves: Curves, nbytes: float) -> dict[Layers, Option]:
     """The option of each layer: together at most `nbytes`, where the loss falls most a byte.
 
     No choice of no more bytes than these has less loss, up to the steps behind the first that does
@@ -104,15 +109,13 @@ def allocate(curves: Curves, nbytes: float) -> dict[str, Option]:
     return _walk(hulls, _steps(hulls), nbytes)
 
 
-def _steps(hulls: Hulls) -> list[tuple[str, Option, Option]]:
+def _steps(hulls: Hulls) -> list[Step]:
     """(layer, option, the next on its hull), the steepest first."""
     steps = [(layer, *pair) for layer, hull in hulls.items() for pair in pairwise(hull)]
     return sorted(steps, key=lambda step: -_gain(*step[1:]))
 
 
-def _walk(
-    hulls: Hulls, steps: Iterable[tuple[str, Option, Option]], nbytes: float
-) -> dict[str, Option]:
+def _walk(hulls: Hulls, steps: Iterable[Step], nbytes: float) -> dict[Layers, Option]:
     """The option of each layer of `hulls`, behind all steps that fit; other layers' are ignored."""
     chosen = {layer: hull[0] for layer, hull in hulls.items()}
     left = nbytes - sum(option.nbytes for option in chosen.values())
@@ -226,30 +229,38 @@ class Ration:
 
     def __init__(self, curves: Curves, settings: Mapping[str, SpqrConfig], nbytes: float) -> None:
         self._settings = settings
-        self._hulls = {layer: lower_hull(options) for layer, options in curves.items()}
+        self._hulls = {layers: lower_hull(options) for layers, options in curves.items()}
         self._steps = _steps(self._hulls)
+        self._layers_of = {name: layers for layers in curves for name in layers}
+        self._chosen: dict[Layers, Option] = {}
+        self._reserved: dict[str, float] = {}
         self._left = nbytes
 
     def settings_of(self, layer: str) -> SpqrConfig:
-        """What `layer` gets, if it is the next."""
-        chosen = _walk(self._hulls, self._steps, self._left)[layer]
-        return chosen.settings(self._settings[layer])
+        """What `layer` gets, if it is the next, or compressed like one that was."""
+        layers = self._layers_of[layer]
+        if layers not in self._chosen:
+            option = _walk(self._hulls, self._steps, self._left)[layers]
+            self._chosen[layers] = option
+            self._reserved |= dict.fromkeys(layers, option.nbytes / len(layers))
+            self._left -= option.nbytes
+        return self._chosen[layers].settings(self._settings[layer])
 
     def spend(self, layer: str, nbytes: float) -> None:
         """`layer` is compressed, and has taken `nbytes`."""
-        del self._hulls[layer]
-        self._left -= nbytes
+        self._hulls.pop(self._layers_of[layer], None)
+        self._left += self._reserved.pop(layer, 0.0) - nbytes
 
 
 def curves_to_csv(curves: Curves) -> str:
-    """curves.csv: a header, then a line an option of a layer."""
+    """curves.csv: a header, then a line an option of layers, whose names a space divides."""
     text = io.StringIO()
-    names = ["layer", *(f.name for f in fields(Option))]
+    names = ["layers", *(f.name for f in fields(Option))]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(
-        {"layer": layer, **asdict(option)}
-        for layer, options in curves.items()
+        {"layers": " ".join(layers), **asdict(option)}
+        for layers, options in curves.items()
         for option in options
     )
     return text.getvalue()
@@ -257,7 +268,7 @@ def curves_to_csv(curves: Curves) -> str:
 
 def read_curves(text: str) -> Curves:
     """The curves of a curves.csv, as `curves_to_csv` wrote it."""
-    curves: dict[str, list[Option]] = {}
+    curves: dict[Layers, list[Option]] = {}
     for line in csv.DictReader(io.StringIO(text)):
         option = Option(
             bits=int(line["bits"]),
@@ -268,5 +279,5 @@ def read_curves(text: str) -> Curves:
             nbytes=float(line["nbytes"]),
             loss=float(line["loss"]),
         )
-        curves.setdefault(line["layer"], []).append(option)
+        curves.setdefault(tuple(line["layers"].split()), []).append(option)
     return curves

@@ -198,7 +198,7 @@ class Compression:
         self.target, self.curves = target, curves
         if target is not None:
             check_target(target, config, self.settings, self.model)
-        if curves is not None and set(curves) != set(self.settings):
+        if curves is not None and {n for layers in curves for n in layers} != set(self.settings):
             raise ConfigError("the curves are not of the layers that these settings compress")
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)

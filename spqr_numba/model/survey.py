@@ -3,6 +3,9 @@
     a backward pass over a few windows   what the model's loss feels of each linear (gradients.py)
     a forward pass over some windows     H of each input; each option tried on a sample of the rows
 
+Linears that share an input are tried together, and will be compressed alike: that is one walk over
+the columns for all of them, and one launch where they are multiplied by.
+
 Rows are quantized on their own but for the statistics that a stats block shares, so some whole
 stats blocks tell what all would do. Between two thresholds bytes and losses follow smooth curves
 and are read off those. The real walk sees other inputs, those that compressed blocks give; how many
@@ -12,21 +15,22 @@ bytes a layer takes differs by a few percent, which the layers behind it make up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from ..config import SpqrConfig
+from ..errors import NumericsError
 from ..format.layout import MatrixSpec
-from ..quantize.hessian import Factorization, factorize
+from ..quantize.hessian import Factorization, factorize, is_finite
 from ..quantize.outliers import outlier_threshold
-from ..quantize.solver import quantize_weight
+from ..quantize.solver import check_weight, squared_output, walk_columns
 from .activations import Activations
 from .blocks import InputGroup, input_groups
-from .budget import Curves, Option, Target, between, lower_hull
+from .budget import Curves, Layers, Option, Target, between, lower_hull
 from .gradients import TokenWeights, mean_sensitivities, sensitivities
 from .input_sums import InputSums
 from .quantize_block import factorization_key, named, weigher
@@ -38,8 +42,9 @@ __all__ = ["candidates", "check_target", "least_bytes", "survey"]
 WINDOWS = 32
 GRADIENT_TOKENS = 4096
 SAMPLED_ROWS = 128
-BITS = (2, 3, 4)
-GROUP_SIZES = (8, 16, 32)
+# Bits and group sizes. Groups of 8 with 2 or 3 bits are left out: they lose more than a mixture of
+# larger ones with those and with one bit more, of as many bytes.
+CANDIDATES = ((2, 32), (2, 16), (3, 32), (3, 16), (4, 32), (4, 16), (4, 8))
 FINE_THRESHOLDS: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1, 0.05)
 THRESHOLDS: tuple[float, ...] = (0.4, 0.2, 0.1)  # beside a choice of bits and groups
 STEPS = 8  # options between two thresholds that were tried
@@ -56,7 +61,7 @@ def survey(
     note: Callable[[str], object],
     weights: TokenWeights | None = None,
 ) -> Curves:
-    """The options of every linear that `settings` names and the windows reach.
+    """The options of all linears that `settings` names and the windows reach.
 
     windows     int64 [N, L] tokens on the device of the parts; the first 32 are used
     batch_size  windows run at once
@@ -74,8 +79,8 @@ def survey(
     with parts.outside():
         blocks = parts.blocks.modules
         activations = Activations.start(parts.model, blocks, windows[:WINDOWS], batch_size)
-    curves: dict[str, list[Option]] = {
-        name: [_only(config, parts.model.get_submodule(name))]
+    curves: dict[Layers, list[Option]] = {
+        (name,): [_only(config, parts.model.get_submodule(name))]
         for name, config in settings.items()
         if not config.use_hessian
     }
@@ -86,9 +91,12 @@ def survey(
         with parts.block(index) as block:
             linears = {n: parts.model.get_submodule(n) for n in inside}
             found = _factorizations(block, index, linears, inside, activations, clock, weights)
-            for layer, factor in found:
-                sample = Sample.of(linears[layer].weight, factor, inside[layer], felt[layer])
-                curves[layer] = sample.options(inside[layer], per_layer)
+            for factor, hessians in found:
+                layers, config = tuple(hessians), inside[next(iter(hessians))]
+                told = [Told(linears[n].weight, felt[n], hessians[n]) for n in layers]
+                with named(layers[0]):
+                    sample = Sample.of(told, factor, config)
+                    curves[layers] = sample.options(config, per_layer)
             activations.advance(block, index)
     return curves
 
@@ -126,36 +134,78 @@ def candidates(config: SpqrConfig, per_layer: bool) -> list[SpqrConfig]:
     """The bits and group sizes that a layer can have; its own are the first."""
     if not per_layer:
         return [config]
-    others = (replace(config, bits=b, group_size=g) for b in BITS for g in GROUP_SIZES)
+    others = (replace(config, bits=bits, group_size=size) for bits, size in CANDIDATES)
     return [config, *(other for other in others if other != config)]
+
+
+class Told(NamedTuple):
+    """A linear of which a sample is to tell.
+
+    weight    [rows, columns]
+    felt      how much the model's loss feels of the squared error of an output
+    hessian   fp32 [columns, columns] of its inputs, permuted: its losses are told by this one
+    """
+
+    weight: torch.Tensor
+    felt: float
+    hessian: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A linear in a sample.
+
+    rows      of the whole weight
+    place     of those that were sampled
+    hessian   fp32 [columns, columns], permuted
+    worth     what the model loses by each squared error of theirs
+    """
+
+    rows: int
+    place: slice
+    hessian: torch.Tensor | None
+    worth: float
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of a weight, to try options on.
+    """Some rows of each of some weights that share an input, to try options on.
+
+    Each weight is scaled so that one threshold T is the same share of what its own rows are, which
+    changes nothing else.
 
     weight    fp32 [sampled, columns]
-    factor    of the Hessian of its inputs
-    rows      of the whole weight
-    stretch   T of the whole weight over that of the sample. T is a mean square of weights, weighed
-              as their errors are, so losses too are taken to be that much larger a row
-    felt      how much the model's loss feels of the squared error of an output
+    factor    of the Hessian of their input
+    members   whose rows they are
+    stretch   T of a whole weight, scaled, over that of the sample
     """
 
     weight: torch.Tensor
     factor: Factorization
-    rows: int
+    members: list[Member]
     stretch: float
-    felt: float
 
     @classmethod
-    def of(
-        cls, weight: torch.Tensor, factor: Factorization, config: SpqrConfig, felt: float
-    ) -> Self:
-        """Whole stats blocks, spread evenly over the rows."""
-        rows = sampled_rows(len(weight), config.stats_group_size)
-        sampled = weight[rows.to(weight.device)].to(torch.float32)
-        return cls(sampled, factor, len(weight), _stretch(weight, sampled, factor), felt)
+    def of(cls, linears: Sequence[Told], factor: Factorization, config: SpqrConfig) -> Self:
+        """Whole stats blocks, spread evenly over the rows of each."""
+        for told in linears:
+            check_weight(told.weight, factor, config)
+        unscaled = [_unit(told.weight, factor) for told in linears]
+        least = min(unscaled)
+        parts, members, start = [], [], 0
+        for (weight, felt, hessian), unit in zip(linears, unscaled, strict=True):
+            chosen = sampled_rows(len(weight), config.stats_group_size).to(weight.device)
+            rows = weight[chosen].to(torch.float32)
+            # T is a mean square of weights, weighed as their errors are: if that of all rows is
+            # larger, so, we take it, are their losses.
+            larger = _larger(unit, _unit(rows, factor))
+            scale = least / unit if math.isfinite(unit) else 1.0
+            worth = felt * larger * len(weight) / len(rows) / scale
+            members.append(Member(len(weight), slice(start, start + len(rows)), hessian, worth))
+            parts.append(rows * math.sqrt(scale))
+            start += len(rows)
+        together = torch.cat(parts)
+        return cls(together, factor, members, _larger(least, _unit(together, factor)))
 
     def options(self, config: SpqrConfig, per_layer: bool) -> list[Option]:
         """What was tried, and what lies between."""
@@ -170,27 +220,32 @@ class Sample:
         for better in lower_hull(plain):  # outliers seldom make good what the others lose
             tried = [self.option(replace(plain[better], outlier_threshold=t)) for t in thresholds]
             if tried:
-                floor = _nbytes(tried[0].settings(config), self.rows, self.weight.shape[1], 0)
+                settings = tried[0].settings(config)
+                floor = sum(self._nbytes(settings, member, 0) for member in self.members)
                 options += between(tried, floor, STEPS)
         return options
 
     def option(self, config: SpqrConfig) -> Option:
-        """What the whole weight would cost with these settings."""
+        """What the whole weights would cost with these settings."""
         threshold = config.outlier_threshold
         relative = None if threshold is None else threshold * self.stretch
         tried = replace(config, outlier_threshold=relative)
-        report = quantize_weight(self.weight, self.factor, tried).report
-        columns = self.weight.shape[1]
-        outliers = None
-        if threshold is not None:
-            outliers = round(report.outlier_share * self.rows * columns)
-        return Option(
-            bits=config.bits,
-            group_size=config.group_size,
-            outlier_threshold=threshold,
-            nbytes=_nbytes(config, self.rows, columns, outliers),
-            loss=self.felt * report.loss * self.stretch * self.rows / len(self.weight),
-        )
+        columns = self.weight.T[self.factor.order]
+        spec = MatrixSpec.from_config(tried, *self.weight.shape)
+        loop = walk_columns(columns, self.factor, spec, tried).loop
+        if not is_finite(loop.weight):
+            raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
+        errors, outliers = columns - loop.weight, loop.outliers != 0
+        nbytes, loss = 0, 0.0
+        for member in self.members:
+            share = outliers[:, member.place].double().mean().item()
+            kept = None if threshold is None else round(share * member.rows * len(columns))
+            nbytes += self._nbytes(config, member, kept)
+            loss += member.worth * squared_output(errors[:, member.place], member.hessian)
+        return Option(config.bits, config.group_size, threshold, nbytes, loss)
+
+    def _nbytes(self, config: SpqrConfig, member: Member, outliers: int | None) -> int:
+        return _nbytes(config, member.rows, self.weight.shape[1], outliers)
 
 
 def sampled_rows(rows: int, block: int) -> torch.Tensor:
@@ -203,14 +258,15 @@ def sampled_rows(rows: int, block: int) -> torch.Tensor:
     return sampled[sampled < rows]
 
 
-def _stretch(weight: torch.Tensor, sampled: torch.Tensor, factor: Factorization) -> float:
-    """T of a weight over T of some rows of it; 1 where either keeps no outliers."""
+def _unit(weight: torch.Tensor, factor: Factorization) -> float:
+    """T of a weight, of the threshold 1; inf where it keeps no outliers."""
     if factor.upper is None:
-        return 1.0
-    whole, part = (
-        outlier_threshold(w.to(torch.float32)[:, factor.order], factor.upper, 1.0)
-        for w in (weight, sampled)
-    )
+        return math.inf
+    return outlier_threshold(weight.to(torch.float32)[:, factor.order], factor.upper, 1.0)
+
+
+def _larger(whole: float, part: float) -> float:
+    """How many times as large; 1 where either keeps no outliers."""
     return whole / part if math.isfinite(whole) and math.isfinite(part) else 1.0
 
 
@@ -227,10 +283,11 @@ def _factorizations(
     activations: Activations,
     clock: Clock,
     weights: TokenWeights | None,
-) -> Iterator[tuple[str, Factorization]]:
-    """(name, factorization) of the linears that calibrate; equal settings share what they can.
+) -> Iterator[tuple[Factorization, dict[str, torch.Tensor | None]]]:
+    """(factorization, linear -> H by which its losses are told), of the linears that calibrate.
 
-    Its Hessian, by which losses are told, is of tokens weighed for that linear alone.
+    Those that a factorization serves and whose settings are equal come together. H is permuted, and
+    of tokens as that linear alone weighs them.
     """
     wanted = {name: linear for name, linear in linears.items() if settings[name].use_hessian}
     groups = input_groups(wanted, lambda: activations.run_first(block, index))
@@ -247,14 +304,27 @@ def _factorizations(
     for group in groups:
         with named(group.names[0]):
             matrix = sums.hessians.pop(group).matrix
-        known: dict[tuple | None, Factorization] = {}
-        for name in group.names:
-            key = factorization_key(name, settings[name])
-            if key not in known:
-                with named(name):
-                    known[key] = factorize(matrix, settings[name], wanted[name].weight)
-            factor = known[key]
-            if name in alone:
-                own = sums.hessians.pop(alone[name]).matrix
-                factor = replace(factor, hessian=own[factor.order][:, factor.order])
-            yield name, factor
+        for layers in _alike(group.names, settings):
+            with named(layers[0]):
+                first = wanted[layers[0]]
+                factor = factorize(matrix, settings[layers[0]], first.weight)
+            hessians: dict[str, torch.Tensor | None] = dict.fromkeys(layers, factor.hessian)
+            for name in layers:
+                if name in alone:
+                    own = sums.hessians.pop(alone[name]).matrix
+                    hessians[name] = own[factor.order][:, factor.order]
+            yield factor, hessians
+
+
+def _alike(names: Iterable[str], settings: Mapping[str, SpqrConfig]) -> list[list[str]]:
+    """Linears of one input whose settings are equal, and that can share a factorization."""
+    found: list[list[str]] = []
+    for name in names:
+        key = settings[name], factorization_key(name, settings[name])
+        for others in found:
+            if (settings[others[0]], factorization_key(others[0], settings[others[0]])) == key:
+                others.append(name)
+                break
+        else:
+            found.append([name])
+    return found

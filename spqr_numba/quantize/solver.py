@@ -28,7 +28,14 @@ from .hessian import Factorization, factorize, is_finite, tensor_cores
 from .outliers import outlier_threshold
 from .permutation import column_order
 
-__all__ = ["QuantizedWeight", "WeightReport", "quantize_weight"]
+__all__ = [
+    "QuantizedWeight",
+    "WeightReport",
+    "check_weight",
+    "quantize_weight",
+    "squared_output",
+    "walk_columns",
+]
 
 PART = 4096  # columns of an error that are float64 at once
 

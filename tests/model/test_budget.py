@@ -14,6 +14,7 @@ from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import ConfigError
 from spqr_numba.model.budget import (
     Curves,
+    Layers,
     Option,
     Ration,
     Target,
@@ -26,6 +27,7 @@ from spqr_numba.model.budget import (
 )
 
 Points = list[tuple[float, float]]
+FLAT, STEEP = ("flat",), ("steep", "as steep")
 
 
 def curve(*points: tuple[float, float]) -> list[Option]:
@@ -33,7 +35,7 @@ def curve(*points: tuple[float, float]) -> list[Option]:
     return [Option(3, 16, 0.2, nbytes, loss) for nbytes, loss in points]
 
 
-def total(chosen: dict[str, Option]) -> tuple[float, float]:
+def total(chosen: dict[Layers, Option]) -> tuple[float, float]:
     """Bytes and loss of a choice."""
     return sum(o.nbytes for o in chosen.values()), sum(o.loss for o in chosen.values())
 
@@ -48,7 +50,7 @@ points = st.lists(
     st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=5
 )  # fmt: skip
 many_curves = st.lists(points, min_size=1, max_size=4).map(
-    lambda drawn: {f"layer {i}": curve(*layer) for i, layer in enumerate(drawn)}
+    lambda drawn: {(f"layer{i}",): curve(*layer) for i, layer in enumerate(drawn)}
 )
 
 
@@ -59,21 +61,21 @@ def test_the_hull_by_hand() -> None:
 
 
 def test_the_steepest_step_is_taken_first() -> None:
-    curves = {"flat": curve((10, 5), (20, 4)), "steep": curve((10, 9), (20, 1))}
+    curves = {FLAT: curve((10, 5), (20, 4)), STEEP: curve((10, 9), (20, 1))}
     assert total(allocate(curves, 20)) == (20, 14)
     assert total(allocate(curves, 30)) == (30, 6)
-    assert allocate(curves, 39)["flat"].nbytes == 10
+    assert allocate(curves, 39)[FLAT].nbytes == 10
     assert total(allocate(curves, 1000)) == (40, 5)
 
 
 def test_a_step_that_does_not_fit_leaves_its_bytes_to_smaller_ones() -> None:
-    curves = {"large": curve((10, 100), (50, 0)), "small": curve((10, 5), (12, 4))}
+    curves = {FLAT: curve((10, 5), (12, 4)), STEEP: curve((10, 100), (50, 0))}
     chosen = allocate(curves, 30)
-    assert (chosen["large"].nbytes, chosen["small"].nbytes) == (10, 12)
+    assert (chosen[STEEP].nbytes, chosen[FLAT].nbytes) == (10, 12)
 
 
 def test_too_small_a_budget_takes_the_smallest() -> None:
-    assert total(allocate({"a": curve((5, 3), (9, 0))}, 1)) == (5, 3)
+    assert total(allocate({FLAT: curve((5, 3), (9, 0))}, 1)) == (5, 3)
 
 
 @given(many_curves, st.integers(0, 250))
@@ -119,7 +121,7 @@ def test_never_worse_than_one_threshold_for_all(
     """Layers whose losses differ in scale alone: to treat all alike is one of the choices."""
     steps = range(100, 405, 5)
     curves = {
-        str(i): curve(*((nbytes, scale * nbytes**-power) for nbytes in steps))
+        (str(i),): curve(*((nbytes, scale * nbytes**-power) for nbytes in steps))
         for i, scale in enumerate(scales)
     }
     alike = {layer: options[int(share * 60)] for layer, options in curves.items()}
@@ -153,16 +155,38 @@ def steep(scale: float) -> list[Option]:
 
 @given(st.lists(st.floats(0.9, 1.1), min_size=6, max_size=12))
 def test_what_layers_take_more_or_less_comes_from_the_others(misses: list[float]) -> None:
-    curves = {str(i): steep(1 + i) for i in range(len(misses))}
+    curves = {(str(i),): steep(1 + i) for i in range(len(misses))}
     budget = 160 * len(misses)
-    ration = Ration(curves, dict.fromkeys(curves, SpqrConfig()), budget)
+    ration = Ration(curves, {name: SpqrConfig() for (name,) in curves}, budget)
     left = float(budget)
-    for layer, miss in zip(curves, misses, strict=True):
-        threshold = ration.settings_of(layer).outlier_threshold
-        planned = next(o.nbytes for o in curves[layer] if o.outlier_threshold == threshold)
-        ration.spend(layer, miss * planned)
+    for layers, miss in zip(curves, misses, strict=True):
+        threshold = ration.settings_of(*layers).outlier_threshold
+        planned = next(o.nbytes for o in curves[layers] if o.outlier_threshold == threshold)
+        ration.spend(*layers, miss * planned)
         left -= miss * planned
     assert abs(left) <= abs(miss - 1) * planned + 4  # the last layer's own, and a step
+
+
+def test_linears_that_are_chosen_together_get_the_same() -> None:
+    """Whatever one of them takes; the next ones share what all of them left."""
+    curves = {("q", "k"): steep(1), ("o",): steep(1)}
+    ration = Ration(curves, dict.fromkeys("qko", SpqrConfig()), 320)
+    first = ration.settings_of("q")
+    ration.spend("q", 200)
+    assert ration.settings_of("k") == first
+    ration.spend("k", 10)
+    threshold = ration.settings_of("o").outlier_threshold
+    assert next(o.nbytes for o in curves["o",] if o.outlier_threshold == threshold) == 108
+
+
+def test_what_was_spent_before_is_not_there() -> None:
+    """As where a run goes on behind layers that it had compressed."""
+    curves = {("q", "k"): steep(1), ("o",): steep(1)}
+    ration = Ration(curves, dict.fromkeys("qko", SpqrConfig()), 320)
+    ration.spend("q", 150)
+    ration.spend("k", 50)
+    threshold = ration.settings_of("o").outlier_threshold
+    assert next(o.nbytes for o in curves["o",] if o.outlier_threshold == threshold) == 120
 
 
 def test_an_option_changes_nothing_else() -> None:
@@ -172,7 +196,10 @@ def test_an_option_changes_nothing_else() -> None:
 
 
 def test_curves_survive_the_csv_exactly() -> None:
-    curves = {"a.b": [Option(3, None, None, 1e9, 1 / 3), Option(2, 8, 0.1 + 0.2, 7, 1e-300)]}
+    curves = {
+        ("a.b", "a.c"): [Option(3, None, None, 1e9, 1 / 3), Option(2, 8, 0.1 + 0.2, 7, 1e-300)],
+        ("c",): [Option(3, 16, 0.1, 8, 1)],
+    }
     assert read_curves(curves_to_csv(curves)) == curves
     assert read_curves("") == {}
 

@@ -15,7 +15,10 @@ from spqr_numba.model.blocks import plan
 from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.report import Clock
 from spqr_numba.model.survey import (
+    CANDIDATES,
     Sample,
+    Told,
+    _alike,
     _factorizations,
     candidates,
     least_bytes,
@@ -46,7 +49,8 @@ def test_samples_are_whole_stats_blocks(rows: int, block: int) -> None:
 def sample_of(rows: int) -> tuple[Sample, torch.Tensor]:
     problem = make_problem(rows, 64)
     factor = factorize(problem.hessian, CONFIG)
-    return Sample.of(problem.weight, factor, CONFIG, felt=0.5), problem.weight
+    told = Told(problem.weight, 0.5, factor.hessian)
+    return Sample.of([told], factor, CONFIG), problem.weight
 
 
 def test_of_a_small_weight_the_options_are_exact() -> None:
@@ -77,7 +81,7 @@ def test_the_samples_threshold_is_that_of_the_whole() -> None:
     weight = problem.weight
     weight[:16] *= 50
     factor = factorize(problem.hessian, CONFIG)
-    sample = Sample.of(weight, factor, CONFIG, felt=1.0)
+    sample = Sample.of([Told(weight, 1.0, factor.hessian)], factor, CONFIG)
     whole = quantize_weight(weight, factor, CONFIG).report.threshold
     part = quantize_weight(
         sample.weight, factor, replace(CONFIG, outlier_threshold=0.2 * sample.stretch)
@@ -88,17 +92,15 @@ def test_the_samples_threshold_is_that_of_the_whole() -> None:
 def test_candidates() -> None:
     assert candidates(CONFIG, per_layer=False) == [CONFIG]
     found = candidates(replace(CONFIG, bits=5, group_size=64), per_layer=True)
-    assert [(c.bits, c.group_size) for c in found] == [
-        (5, 64), *((bits, size) for bits in (2, 3, 4) for size in (8, 16, 32))
-    ]  # fmt: skip
-    assert len(candidates(CONFIG, per_layer=True)) == 9
+    assert [(c.bits, c.group_size) for c in found] == [(5, 64), *CANDIDATES]
+    assert len(candidates(CONFIG, per_layer=True)) == len(CANDIDATES)
 
 
 def test_options_without_outliers() -> None:
     sample, _ = sample_of(16)
     config = replace(CONFIG, outlier_threshold=None)
     options = sample.options(config, per_layer=True)
-    assert len(options) == 9
+    assert len(options) == len(CANDIDATES)
     assert all(option.outlier_threshold is None for option in options)
 
 
@@ -120,6 +122,31 @@ def test_the_least_bytes_need_no_measurement() -> None:
         assert least_bytes(CONFIG, linear, per_layer) == smallest
 
 
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.1])
+def test_linears_of_one_input_are_told_together_as_apart(threshold: float | None) -> None:
+    """Whatever their sizes, and by whichever Hessian their losses are told."""
+    problem = make_problem(192, 64)
+    factor = factorize(problem.hessian, CONFIG)
+    other = factorize(make_problem(8, 64).hessian, CONFIG).hessian
+    linears = [
+        Told(problem.weight[:64], 0.5, factor.hessian),
+        Told(problem.weight[64:] * 30, 0.002, other),
+    ]
+    config = replace(CONFIG, outlier_threshold=threshold)
+    apart = [Sample.of([told], factor, CONFIG).option(config) for told in linears]
+    together = Sample.of(linears, factor, CONFIG).option(config)
+    assert together.nbytes == pytest.approx(sum(option.nbytes for option in apart), rel=0.01)
+    assert together.loss == pytest.approx(sum(option.loss for option in apart), rel=0.02)
+
+
+def test_only_what_can_be_compressed_alike_is_told_together() -> None:
+    other = replace(CONFIG, damping=0.2)
+    settings = {"q": CONFIG, "k": other, "v": CONFIG}
+    assert _alike("qkv", settings) == [["q", "v"], ["k"]]
+    spearman = dict.fromkeys("qkv", replace(CONFIG, permutation="spearman"))
+    assert _alike("qkv", spearman) == [["q"], ["k"], ["v"]]  # each in an order of its own
+
+
 def test_losses_are_told_by_tokens_as_each_linear_weighs_them(
     folder_of: Callable[[str], Path],
 ) -> None:
@@ -128,23 +155,23 @@ def test_losses_are_told_by_tokens_as_each_linear_weighs_them(
     settings = {n: c for n, c in plan(parts.blocks, CONFIG).items() if ".0.self_attn" in n}
     weights = TokenWeights({name: torch.rand(3, 12).square() for name in settings})
 
-    def found(names: list[str]) -> dict:
+    def found(names: list[str]) -> dict[str, torch.Tensor]:
         linears = {name: parts.model.get_submodule(name) for name in names}
         with parts.outside():
             start = Activations.start(parts.model, parts.blocks.modules, windows, 2)
         with parts.block(0) as block:
             clock = Clock(parts.device)
-            return dict(_factorizations(block, 0, linears, settings, start, clock, weights))
+            told = {}
+            for factor, hessians in _factorizations(
+                block, 0, linears, settings, start, clock, weights
+            ):
+                back = factor.order.argsort()
+                told |= {name: hessian[back][:, back] for name, hessian in hessians.items()}
+            return told
 
     together = found(list(settings))
-    queries, keys, values = (f"{n}_proj" for n in "qkv")
-    by_kind = {name.rpartition(".")[2]: name for name in settings}
-    uppers = [together[by_kind[kind]].upper for kind in (queries, keys, values)]
-    assert all(torch.equal(upper, uppers[0]) for upper in uppers)
-    for name, factor in together.items():
-        alone = found([name])[name]
-        back, own_back = factor.order.argsort(), alone.order.argsort()
-        torch.testing.assert_close(
-            factor.hessian[back][:, back], alone.hessian[own_back][:, own_back]
-        )
-    assert not torch.allclose(together[by_kind[queries]].hessian, together[by_kind[keys]].hessian)
+    assert list(together) == list(settings)
+    for name, hessian in together.items():
+        torch.testing.assert_close(hessian, found([name])[name])
+    queries, keys = (next(n for n in settings if n.endswith(f"{k}_proj")) for k in "qk")
+    assert not torch.allclose(together[queries], together[keys])
