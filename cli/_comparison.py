@@ -50,12 +50,12 @@ def text_windows(
 
 @contextmanager
 def compressed(
-    source: str | None, config: SpqrConfig, calibration: Mapping[str, Any]
+    source: str | None, config: SpqrConfig | None, calibration: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) of `source` compressed, in a folder that goes afterwards.
 
-    calibration holds the keywords of `compress`: dataset, nsamples, seqlen, seed, device; on that
-    device the model is.
+    config None is what `compress` does by default. calibration holds the keywords of `compress`:
+    dataset, nsamples, seqlen, seed, device; on that device the model is.
     """
     from spqr_numba.evaluate.baselines import describe
     from spqr_numba.model.compress import compress
@@ -63,7 +63,8 @@ def compressed(
 
     with TemporaryDirectory(prefix="spqr-") as folder:
         out = Path(folder) / "model"
-        with progress_bar(description=describe(config), unit="block") as bar:
+        name = describe(config) if config else "SpQR by layer"
+        with progress_bar(description=name, unit="block") as bar:
             compress(source, out, config, progress=bar, **calibration)
         yield load_model(str(out), device=calibration.get("device", "cpu"))
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import click
 
 from spqr_numba.config import (
+    CHOSEN_FIELDS,
+    DEFAULT_BITS,
     DEFAULT_PRESET,
     FITS,
     OUTLIER_SEARCHES,
@@ -35,6 +37,7 @@ __all__ = [
     "model_argument",
     "seqlen_option",
     "skip_option",
+    "target_bits_from",
     "text_options",
 ]
 
@@ -355,9 +358,8 @@ config_options = _apply(
         click.option(
             "--preset",
             type=click.Choice(list(PRESETS)),
-            default=DEFAULT_PRESET,
-            show_default=True,
-            help=f"Settings to start from, which the options below change: {PRESET_HELP}",
+            help=f"Settings to start from, which the options below change: {PRESET_HELP}"
+            f"  [default: {DEFAULT_PRESET}]",
         ),
         *(setting.option() for setting in SETTINGS),
         *(switch.switch() for switch in SWITCHES),
@@ -421,7 +423,7 @@ def config_from(values: dict[str, Any]) -> SpqrConfig:
 
     Raises ConfigError for settings out of range or at odds with each other.
     """
-    preset = PRESETS[values.pop("preset")]
+    preset = PRESETS[values.pop("preset") or DEFAULT_PRESET]
     if values.pop("round_zero_number"):
         values["round_zero"] = True
     if values.pop("simplified_outliers"):
@@ -436,6 +438,23 @@ def config_from(values: dict[str, Any]) -> SpqrConfig:
     if "overrides" in settings:
         settings["overrides"] = _merge(settings["overrides"])
     return replace(preset, **settings)
+
+
+def target_bits_from(values: dict[str, Any]) -> float | None:
+    """The bits a weight that are aimed at, without taking anything out of `values`.
+
+    Where nothing says what layers are to be like, those that `compress` aims at by default.
+    """
+    overridden = {field for _, settings in values["overrides"] for field in settings}
+    said = [
+        values["preset"],
+        values["nearest"] or None,
+        *(values[field] for field in CHOSEN_FIELDS),
+        *(overridden & set(CHOSEN_FIELDS)),
+    ]
+    if values["target_bits"] is None and all(each is None for each in said):
+        return DEFAULT_BITS
+    return values["target_bits"]
 
 
 def grid_from(values: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]:

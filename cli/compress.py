@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spqr_numba.config import DEFAULT_BITS
+
 from ._command import Cell, Command, Interrupted, echo_table, emit, format_bytes, progress_bar
-from ._options import calibration_options, config_from, config_options, device_option
+from ._options import (
+    calibration_options,
+    config_from,
+    config_options,
+    device_option,
+    target_bits_from,
+)
 
 if TYPE_CHECKING:
     from spqr_numba.config import SpqrConfig
@@ -60,13 +68,16 @@ __all__ = ["compress"]
 @click.option(
     "--target-bits",
     type=float,
-    help="Bits a weight that all compressed weights are to come to: each layer gets the outlier"
-    " threshold with which they do most, in place of --outlier-threshold.",
+    help="Bits a weight that all compressed weights are to come to: each layer gets the bits, the"
+    " group size and the outlier threshold with which they do most.  [default: "
+    f"{DEFAULT_BITS}, unless --preset, --bits, --group-size or --outlier-threshold says what all"
+    " layers get]",
 )
 @click.option(
-    "--per-layer",
-    is_flag=True,
-    help="With --target-bits: each layer gets bits (2, 3, 4) and a group size (8, 16, 32) too.",
+    "--per-layer/--no-per-layer",
+    default=True,
+    help="With --target-bits: choose bits and group size of each layer, or its outlier threshold"
+    " alone.  [default: per layer]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:
@@ -79,6 +90,7 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
         model, out = None, model
     if out is None:
         raise click.UsageError("missing argument 'OUT', the folder to write")
+    options["target_bits"] = target_bits_from(options)
     config = config_from(options)
     report = _compress(model, Path(out).expanduser(), config, options)
     emit(report.to_dict(), as_json, lambda: _show(report, options["target_bits"]))

@@ -62,9 +62,9 @@ def _compare(calibration: dict[str, Any]) -> tuple[list[Measurement], str]:
 
     dense, tokenizer = load_model(None)
     windows = {TEXT: _held_out_windows(dense, tokenizer)}
-    config = PRESETS[DEFAULT_PRESET]
-    rows = [measure(dense, windows), *baseline_rows(None, config.bits, windows, calibration)]
-    with compressed(None, config, calibration) as (model, _):
+    bits = PRESETS[DEFAULT_PRESET].bits
+    rows = [measure(dense, windows), *baseline_rows(None, bits, windows, calibration)]
+    with compressed(None, None, calibration) as (model, _):
         rows.append(measure(model, windows))
         text = generate(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS).text
     return rows, text

@@ -86,7 +86,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     default=(),
     help="As for `spqr compress`; several make a point each, out of each setting with outliers.",
 )
-@click.option("--per-layer", is_flag=True, help="As for `spqr compress`.")
+@click.option("--per-layer/--no-per-layer", default=True, help="As for `spqr compress`.")
 @device_option
 @click.option(
     "--no-dense", is_flag=True, help="Leave out the dense model, which must fit in memory whole."
@@ -175,8 +175,6 @@ def _run(
 def _targets(bits: tuple[float, ...], per_layer: bool) -> list[Target]:
     from spqr_numba.model.budget import Target
 
-    if per_layer and not bits:
-        raise click.UsageError("--per-layer chooses settings for --target-bits; give some")
     return [Target(each, per_layer) for each in bits]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "SpqrConfig"]
+__all__ = ["CHOSEN_FIELDS", "DEFAULT_BITS", "DEFAULT_PRESET", "PRESETS", "SpqrConfig"]
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 STATS_GROUP_SIZES = (8, 16, 32, 64, 128)
@@ -284,4 +284,9 @@ may become better in a later version; the paper's 3-bit recipe, which SpqrConfig
 near-lossless 4-bit one stay what they are."""
 
 DEFAULT_PRESET = "balanced"
-"""What is done where nobody says otherwise."""
+DEFAULT_BITS = 3.9
+"""What is done where nobody says otherwise: so many bits a weight, for which bits, group size and
+outlier threshold are chosen layer by layer, and all else as the preset has it."""
+
+CHOSEN_FIELDS = ("bits", "group_size", "outlier_threshold")
+"""What a number of bits a weight leaves to be chosen layer by layer."""

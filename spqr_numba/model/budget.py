@@ -28,7 +28,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import SpqrConfig
+from ..config import CHOSEN_FIELDS, SpqrConfig
 from ..errors import ConfigError
 
 __all__ = [
@@ -178,7 +178,7 @@ class Target:
     """
 
     bits: float
-    per_layer: bool = False
+    per_layer: bool = True
 
     def check(self, config: SpqrConfig) -> None:
         """Raise ConfigError where `config` leaves nothing to choose, or says it already."""
@@ -188,7 +188,7 @@ class Target:
                 "target_bits chooses outlier thresholds, and outlier_threshold=None keeps no"
                 " outliers; give a threshold (any), or choose per layer (per_layer)"
             )
-        chosen = ["outlier_threshold", *(["bits", "group_size"] if self.per_layer else [])]
+        chosen = CHOSEN_FIELDS if self.per_layer else ("outlier_threshold",)
         for pattern, values in config.overrides:
             both = [name for name in chosen if name in values]
             if both and values.get("use_hessian", True):

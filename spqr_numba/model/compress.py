@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..config import DEFAULT_PRESET, PRESETS, SpqrConfig
+from ..config import DEFAULT_BITS, DEFAULT_PRESET, PRESETS, SpqrConfig
 from ..errors import ConfigError, DataError
 from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
@@ -91,7 +91,7 @@ class Progress(Protocol):
 def compress(
     model: str | Source | None,
     out: Path | str,
-    config: SpqrConfig = PRESETS[DEFAULT_PRESET],
+    config: SpqrConfig | None = None,
     *,
     dataset: str | torch.Tensor | None = None,
     nsamples: int = 128,
@@ -103,7 +103,7 @@ def compress(
     overwrite: bool = False,
     batch_size: int | None = None,
     target_bits: float | None = None,
-    per_layer: bool = False,
+    per_layer: bool = True,
     curves: Curves | None = None,
     device: torch.device | str = "cpu",
     offload_activations: bool = False,
@@ -112,7 +112,8 @@ def compress(
     """Compress a model into the folder `out`, and say how it went.
 
     model        folder, .gguf file, hub name, an open Source, or None for the bundled model
-    config       settings; what `spqr compress` does without options, if none are given
+    config       settings, the same for all layers where no target_bits are given; None for those of
+                 the preset "balanced" with 3.9 bits a weight, if no others, to aim at
     dataset      calibration text (calibration.py), or its tokens, int64 [n]; None for Python's
                  manual
     nsamples     windows of calibration text
@@ -123,9 +124,10 @@ def compress(
     tune_codes   with tune_model, train codes too
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
-    target_bits  choose each layer's outlier_threshold so that the whole comes to so many bits a
-                 weight, spent where the model's loss falls most for each (budget.py, survey.py)
-    per_layer    with target_bits, choose each layer's bits and group_size too
+    target_bits  choose bits, group_size and outlier_threshold of the linears of each input so that
+                 the whole comes to so many bits a weight, spent where the model's loss falls most
+                 for each (budget.py, survey.py)
+    per_layer    False: choose thresholds alone
     curves       with target_bits, what a compression that differed in these bits alone found the
                  options of each layer to be worth; spares the walk over the dense model
     device       where blocks are run and quantized: "cpu" or "cuda"
@@ -140,8 +142,9 @@ def compress(
     out = Path(out).expanduser()
     check_free(out, overwrite)
     clock = Clock(device)
-    if per_layer and target_bits is None:
-        raise ConfigError("per_layer chooses settings for a number of bits; give target_bits")
+    if config is None:
+        config = PRESETS[DEFAULT_PRESET]
+        target_bits = DEFAULT_BITS if target_bits is None else target_bits
     if tune_codes and not tune_model:
         raise ConfigError("tune_codes trains codes with a whole model; give tune_model")
     target = None if target_bits is None else Target(target_bits, per_layer)

@@ -43,7 +43,7 @@ KEPT_BYTES = 2**33  # of what blocks get; of a model so large that it is more,
 KEPT_SHARE = 0.25  # of the bytes of its weights
 BLOCK_INPUTS = 16  # whose weights are kept: each batch of windows asks for them again
 LEAST_WEIGHT = 1e-4  # of a token: no input is lost to a Hessian
-WITHOUT = "compress without token weights (--no-token-weights) and target bits"
+WITHOUT = "compress without token weights and target bits (--preset balanced --no-token-weights)"
 
 
 def sensitivities(

@@ -42,8 +42,8 @@ __all__ = ["candidates", "check_target", "least_bytes", "survey"]
 WINDOWS = 32
 GRADIENT_TOKENS = 4096
 SAMPLED_ROWS = 128
-# Bits and group sizes. Groups of 8 with 2 or 3 bits are left out: they lose more than a mixture of
-# larger ones with those and with one bit more, of as many bytes.
+# Bits and group sizes beside a layer's own. Groups of 8 with 2 or 3 bits are not among them: they
+# lose more than a mixture of larger ones, with those and with one bit more, does in as many bytes.
 CANDIDATES = ((2, 32), (2, 16), (3, 32), (3, 16), (4, 32), (4, 16), (4, 8))
 FINE_THRESHOLDS: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1, 0.05)
 THRESHOLDS: tuple[float, ...] = (0.4, 0.2, 0.1)  # beside a choice of bits and groups

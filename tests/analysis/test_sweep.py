@@ -164,7 +164,9 @@ def test_each_target_makes_a_point_where_outliers_are_kept_and_one_survey_serves
 def test_a_target_out_of_reach_is_named_before_anything_is_compressed(
     dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match="paper, target 2 bits, seed 0: target_bits is 2"):
+    with pytest.raises(
+        ConfigError, match="paper, target 2 bits per layer, seed 0: target_bits is 2"
+    ):
         list(sweep(dense, SETTINGS, texts, tmp_path / "out", targets=[Target(2)], **quick))
     assert not (tmp_path / "out").exists()
 

@@ -136,11 +136,12 @@ def test_a_target_is_shown_beside_what_was_chosen(
     run: Run, dense: Path, text: Path, tmp_path: Path
 ) -> None:
     line = f"compress {dense} {tmp_path / 'out'} --dataset {text} {QUICK} --stats-group-size 64"
-    result = run(f"{line} --target-bits 6 --per-layer")
+    result = run(f"{line} --target-bits 4")
     assert result.exit_code == 0, result.output
-    assert "by formula, 6 aimed at" in result.stdout
+    assert "by formula, 4 aimed at" in result.stdout
     assert "outlier thresholds" in result.stdout
-    report = json.loads(run(f"{line} --target-bits 6 --overwrite --json").stdout)
+    options = "--target-bits 6 --no-per-layer --overwrite --json"
+    report = json.loads(run(f"{line} {options}").stdout)
     assert {row["code_bits"] for row in report["layers"]} == {3}
     assert len({row["outlier_threshold"] for row in report["layers"]}) > 1
 
@@ -249,9 +250,8 @@ def test_bad_models(
         ("--target-bits 2.5", ["target_bits is 2.5", "bits and more on this model"]),
         ("--target-bits 5 --nearest", ["use_hessian=False has none"]),
         (f"--target-bits 5 --override .:{NEAREST}", ["use_hessian=False has none"]),
-        ("--target-bits 5 --outlier-threshold inf", ["keeps no outliers"]),
-        ("--target-bits 5 --per-layer --override q_proj:bits=4", ["'q_proj' sets bits"]),
-        ("--per-layer", ["give target_bits"]),
+        ("--target-bits 5 --no-per-layer --outlier-threshold inf", ["keeps no outliers"]),
+        ("--target-bits 5 --override q_proj:bits=4", ["'q_proj' sets bits"]),
         ("--skip layers.9", ["layers.9"]),
     ],
 )

@@ -15,7 +15,7 @@ from spqr_numba.evaluate import baselines
 
 from .conftest import Run
 
-ROWS = ["fp16", "RTN 8 bit, group 16", "SpQR 3 bit, group 8"]
+ROWS = ["fp16", "RTN 8 bit, group 16", "SpQR by layer"]
 
 
 @pytest.fixture

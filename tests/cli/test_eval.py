@@ -37,7 +37,7 @@ def test_a_compressed_model_on_two_texts(run: Run, compressed: Path, text: Path)
     assert result.exit_code == 0, result.output
     header, row = result.stdout.splitlines()
     assert header.endswith("  perplexity, count  perplexity, other")
-    assert row.startswith("SpQR 3 bit, group 8")
+    assert row.startswith("SpQR by layer")
     assert "evaluating" in result.stderr
 
 
@@ -63,7 +63,7 @@ def test_baselines_of_a_compressed_model_need_the_dense_one(
     result = run(f"{line} --dense {dense} --calibration {text} --calibration-nsamples 2")
     assert result.exit_code == 0, result.output
     names = [row["name"] for row in json.loads(result.stdout)]
-    assert names == [*BASELINES_8, "SpQR 3 bit, group 8"]
+    assert names == [*BASELINES_8, "SpQR by layer"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 
 from spqr_cli._command import Command
 from spqr_cli._options import config_from, config_options
-from spqr_numba.config import PRESETS, SpqrConfig
+from spqr_cli.main import main
+from spqr_numba.config import DEFAULT_BITS, PRESETS, SpqrConfig
+from spqr_numba.model import compress as compress_module
 
 PAPER_COMMAND = (
     "--wbits 4 --groupsize 16 --perchannel --qq_scale_bits 3 --qq_zero_bits 3 --qq_groupsize 16"
@@ -150,3 +152,32 @@ def test_settings_out_of_range_or_at_odds(line: str, message: str) -> None:
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "bits"),
+    [
+        ("", DEFAULT_BITS),
+        ("--damping 0.2 --no-token-weights --skip o_proj", DEFAULT_BITS),
+        ("--override q_proj:damping=1", DEFAULT_BITS),
+        ("--target-bits 4.5 --preset small --bits 2", 4.5),
+        ("--preset balanced", None),
+        ("--bits 3", None),
+        ("--group-size row", None),
+        ("--outlier-threshold 0.2", None),
+        ("--override q_proj:bits=4", None),
+        ("--nearest", None),
+    ],
+)
+def test_bits_are_aimed_at_where_nothing_says_what_layers_get(
+    line: str, bits: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def fake(*_: Any, target_bits: float | None, **__: Any) -> None:
+        asked["bits"] = target_bits
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress_module, "compress", fake)
+    CliRunner().invoke(main, ["compress", "model", "out", *shlex.split(line)])
+    assert asked == {"bits": bits}

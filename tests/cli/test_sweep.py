@@ -152,7 +152,6 @@ def test_ctrl_c_says_what_is_kept(
         ("--fit joint,", "'' is not one of"),
         ("--seed 0,x", "'x' is not a valid integer"),
         ("--ablate --bits 3,4", "bits has 2 values; give one"),
-        ("--per-layer", "--per-layer chooses settings for --target-bits"),
         ("--outlier-threshold some", "'some' is not a valid float"),
     ],
 )

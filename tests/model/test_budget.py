@@ -212,13 +212,13 @@ NEAREST = {"use_hessian": False, "outlier_threshold": None, "permutation": "iden
     ("target", "config", "message"),
     [
         (Target(4), SpqrConfig.rtn(4), "use_hessian=False has none"),
-        (Target(4), NO_OUTLIERS, "outlier_threshold=None keeps no outliers"),
+        (Target(4, False), NO_OUTLIERS, "outlier_threshold=None keeps no outliers"),
         (
             Target(4),
             SpqrConfig(overrides=(("q_proj", {"outlier_threshold": 0.1}),)),
             "the override for 'q_proj' sets outlier_threshold, which target_bits chooses",
         ),
-        (Target(4, True), SpqrConfig(overrides=(("q_proj", {"bits": 4}),)), "sets bits"),
+        (Target(4), SpqrConfig(overrides=(("q_proj", {"bits": 4}),)), "sets bits"),
     ],
 )
 def test_targets_that_contradict(target: Target, config: SpqrConfig, message: str) -> None:
@@ -229,8 +229,8 @@ def test_targets_that_contradict(target: Target, config: SpqrConfig, message: st
 @pytest.mark.parametrize(
     ("target", "config"),
     [
-        (Target(4), SpqrConfig(overrides=(("q_proj", {"bits": 4}),))),
-        (Target(4, True), NO_OUTLIERS),
+        (Target(4, False), SpqrConfig(overrides=(("q_proj", {"bits": 4}),))),
+        (Target(4), NO_OUTLIERS),
         (Target(4), SpqrConfig(overrides=(("q_proj", NEAREST),))),
     ],
 )
@@ -241,7 +241,7 @@ def test_targets_that_do_not(target: Target, config: SpqrConfig) -> None:
 @pytest.mark.parametrize("bits", [2.9, 6.1, -1.0, math.nan, math.inf])
 def test_a_target_out_of_reach_says_what_is_in_reach(bits: float) -> None:
     with pytest.raises(ConfigError, match=r"reach 3\.00 to 6\.00 on this model"):
-        Target(bits).check_reach(300, 600, 800)
+        Target(bits, False).check_reach(300, 600, 800)
     Target(3.0).check_reach(300, 600, 800)
 
 

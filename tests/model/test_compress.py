@@ -565,13 +565,16 @@ def test_another_target_does_not_continue(
     assert "starting anew" in caplog.text
 
 
+ALONE = {"per_layer": False}  # thresholds alone are chosen
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (TARGET, {"target_bits": 3.2}, r"reach 3\.\d\d bits and more .*per_layer"),
-        (TARGET, {"per_layer": True}, "give target_bits"),
+        (TARGET, {"target_bits": 3.2, **ALONE}, r"reach 3\.\d\d bits and more .*per_layer"),
+        (TARGET, {"target_bits": 1.9}, r"reach 2\.\d\d bits and more .*stats_group_size$"),
         (RTN, {"target_bits": 5}, "use_hessian=False has none"),
-        (replace(PAPER, outlier_threshold=None), {"target_bits": 5}, "keeps no outliers"),
+        (replace(PAPER, outlier_threshold=None), {"target_bits": 5, **ALONE}, "keeps no outliers"),
     ],
 )
 def test_targets_that_cannot_be(
@@ -600,7 +603,7 @@ def test_what_one_run_surveyed_serves_another(
 
 def test_more_bits_than_outliers_are_worth(folder_of: FolderOf, run: Run) -> None:
     with pytest.raises(ConfigError, match=r"target_bits is 30, and .* reach 3\.\d\d to \d\d?\."):
-        run(folder_of("llama"), TARGET, target_bits=30)
+        run(folder_of("llama"), TARGET, target_bits=30, **ALONE)
 
 
 @pytest.mark.gpu
