@@ -235,7 +235,7 @@ class Sample:
         loop = walk_columns(columns, self.factor, spec, tried).loop
         if not is_finite(loop.weight):
             raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
-        errors, outliers = columns - loop.weight, loop.outliers != 0
+        errors, outliers = columns - loop.weight, loop.outliers.view(torch.float16) != 0
         nbytes, loss = 0, 0.0
         for member in self.members:
             share = outliers[:, member.place].double().mean().item()
