@@ -39,6 +39,12 @@ CASES: dict[str, tuple[tuple[int, int], int, float, float, dict[str, Any]]] = {
             "group_size": None, "stats_group_size": 8,
         },
     ),
+    "joint, 4/4, 8/64": (
+        (70, 24), 16, THRESHOLD, THRESHOLD, {
+            "fit": "joint", "scale_bits": 4, "zero_bits": 4, "group_size": 8,
+            "stats_group_size": 64,
+        },
+    ),
     "joint, rtn": ((20, 24), 16, INF, INF, {"fit": "joint", **NO_HESSIAN}),
     "round zero": ((9, 20), 16, THRESHOLD, INF, {"round_zero": True, "bits": 4}),
 }  # fmt: skip

@@ -31,6 +31,8 @@ from .test_matmul_cuda import CASES, build, run, weights_of
         ("group 8, stats 64", 7, 32, 2, torch.bfloat16, "late"),
         ("2 bit", 3, 256, 1, torch.float16, "early"),
         ("group 32, stats 64", 5, 32, 1, torch.float16, "late"),
+        ("3 bit, statistics of 4", 5, 32, 1, torch.float16, "late"),
+        ("4 bit, group 8", 3, 32, 1, torch.float16, "early"),
         ("group 32, stats 64", 3, 64, 2, torch.float16, "early"),
     ],
     ids=str,
