@@ -279,7 +279,7 @@ PRESETS = {
     "paper": SpqrConfig(),
     "paper-4bit": SpqrConfig(bits=4, outlier_threshold=0.1),
 }
-"""Named settings, of about 4.5, 3.9 and 3.3 bits and, of the paper, 4.2 and 4.7. The first three
+"""Named settings, of about 4.6, 4.0 and 3.3 bits and, of the paper, 4.3 and 4.8. The first three
 may become better in a later version; the paper's 3-bit recipe, which SpqrConfig() is too, and its
 near-lossless 4-bit one stay what they are."""
 

@@ -118,7 +118,7 @@ def measure_weight(
     }
     if against == "reference":
         reference, theirs = timed(lambda: quantize_by_column(weight, factor, config), device, 1)
-        loss = squared_output(columns - theirs, factor.hessian)
+        loss = squared_output(columns - theirs, factor.hessian).item()
         row |= {
             "reference ms": reference,
             "ratio": reference / (total - factorizing),

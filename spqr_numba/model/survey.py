@@ -236,12 +236,20 @@ class Sample:
         if not is_finite(loop.weight):
             raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
         errors, outliers = columns - loop.weight, loop.outliers.view(torch.float16) != 0
+        found = [
+            measure
+            for member in self.members
+            for measure in (
+                outliers[:, member.place].double().mean(),
+                squared_output(errors[:, member.place], member.hessian),
+            )
+        ]
+        shares, losses = torch.stack(found).view(-1, 2).T.tolist()  # waits for a GPU once
         nbytes, loss = 0, 0.0
-        for member in self.members:
-            share = outliers[:, member.place].double().mean().item()
+        for member, share, error in zip(self.members, shares, losses, strict=True):
             kept = None if threshold is None else round(share * member.rows * len(columns))
             nbytes += self._nbytes(config, member, kept)
-            loss += member.worth * squared_output(errors[:, member.place], member.hessian)
+            loss += member.worth * error
         return Option(config.bits, config.group_size, threshold, nbytes, loss)
 
     def _nbytes(self, config: SpqrConfig, member: Member, outliers: int | None) -> int:

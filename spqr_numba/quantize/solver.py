@@ -110,8 +110,8 @@ def quantize_weight(
     quantized = walk.loop.weight
     if not is_finite(quantized):
         raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
-    loss = squared_output(columns - quantized, factor.hessian)
-    size = squared_output(columns, factor.hessian)
+    loss = squared_output(columns - quantized, factor.hessian).item()
+    size = squared_output(columns, factor.hessian).item()
     report = WeightReport(
         loss=loss,
         relative_loss=loss / size if size > 0 else 0.0,
@@ -228,14 +228,12 @@ def in_layer_order(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return weight.T.contiguous()
 
 
-def squared_output(columns: torch.Tensor, hessian: torch.Tensor | None) -> float:
-    """tr(D H D^T) of permuted columns D^T [n, m]; the sum of squares without H.
+def squared_output(columns: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
+    """tr(D H D^T) of permuted columns D^T [n, m], fp64 []; the sum of squares without H.
 
     In TF32 on a GPU: it is only reported, and 11 bits of each factor leave four digits of the sum.
     """
     with tensor_cores(columns.is_cuda):
         weighed = columns if hessian is None else hessian @ columns
-    return sum(
-        torch.sum(part.double() * other).item()
-        for part, other in zip(columns.split(PART), weighed.split(PART), strict=True)
-    )
+    parts = zip(columns.split(PART), weighed.split(PART), strict=True)
+    return torch.stack([torch.sum(part.double() * other) for part, other in parts]).sum()

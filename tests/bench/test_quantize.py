@@ -43,6 +43,6 @@ def test_the_reference_does_the_same_work() -> None:
     columns = problem.weight.T[factor.order]
     theirs = quantize_by_column(problem.weight, factor, config)
     ours = quantize_weight(problem.weight, factor, config)
-    loss = squared_output(columns - theirs, factor.hessian)
+    loss = squared_output(columns - theirs, factor.hessian).item()
     assert ours.report.loss == pytest.approx(loss, rel=1e-3)
     assert torch.isclose(ours.weight.T[factor.order], theirs).float().mean() > 0.999
