@@ -291,27 +291,31 @@ OLD, NEW = (8, 0), (9, 0)
 
 @needs_numba_cuda
 @pytest.mark.parametrize(
-    ("bits", "group_size", "dtype", "capability"),
+    ("bits", "stat_bits", "group_size", "dtype", "capability"),
     [
-        (3, 16, torch.float16, OLD),
-        (3, 16, torch.bfloat16, NEW),
-        (2, 16, torch.float16, OLD),
-        (4, 16, torch.bfloat16, NEW),
-        (3, 8, torch.float16, NEW),
-        (3, 32, torch.float16, NEW),
+        (3, 3, 16, torch.float16, OLD),
+        (3, 3, 16, torch.bfloat16, NEW),
+        (2, 2, 16, torch.float16, OLD),
+        (2, 3, 32, torch.float16, NEW),
+        (4, 4, 16, torch.bfloat16, NEW),
+        (4, 3, 8, torch.float16, NEW),
+        (4, 4, 32, torch.float16, NEW),
+        (3, 3, 8, torch.float16, NEW),
+        (3, 4, 32, torch.float16, NEW),
     ],
     ids=str,
 )
 def test_ptx(
-    bits: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
-) -> None:
+    bits: int, stat_bits: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
     from spqr_numba.kernels.matmul_cuda import RINGS
     from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
     from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    unit = UnitSpec(bits, bits, group_size)
+    unit = UnitSpec(bits, stat_bits, group_size)
     spec = KernelSpec(unit, dtype, *RINGS[1][0], capability >= NEW)
     kernel = product_kernel.__wrapped__(spec)
     bounds = kernel.targetoptions["launch_bounds"]
