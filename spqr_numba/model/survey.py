@@ -172,7 +172,7 @@ class Sample:
     """Some rows of each of some weights that share an input, to try options on.
 
     Each weight is scaled so that one threshold T is the same share of what its own rows are, which
-    changes nothing else.
+    changes nothing else. Where its rows end within a stats block, the next one's fill that up.
 
     weight    fp32 [sampled, columns]
     factor    of the Hessian of their input
