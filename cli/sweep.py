@@ -190,7 +190,7 @@ def _windows(model: str | None, options: dict[str, Any]) -> dict[str, torch.Tens
 
 
 def _table(points: list[SweepPoint]) -> list[dict[str, Cell]]:
-    """A row a point, by bits; the excess is the mean over texts."""
+    """A row a point, by bits; excess and nats from the dense model are means over texts."""
     from spqr_numba.analysis.points import excess, find_dense
 
     dense = find_dense(points)
@@ -201,6 +201,7 @@ def _table(points: list[SweepPoint]) -> list[dict[str, Cell]]:
         row |= {f"perplexity, {text}": value for text, value in point.perplexity.items()}
         if dense:
             row["excess"] = fmean(excess(point, dense).values())
+            row["nats"] = fmean(point.nats.values()) if point.nats else None
         rows.append(row)
     return rows
 

@@ -52,6 +52,8 @@ class SweepPoint:
     outlier_share   outliers a weight
     seconds         spent on quantizing weights, without forward passes and Hessians
     perplexity      name of a text -> perplexity of the whole model
+    nats            name of a text -> nats a token from the dense model's predictions; None where
+                    that was not measured beside it
     target_bits     that the thresholds of all layers were chosen for (`compress`), or None
     per_layer       whether bits and group size of each layer were, too
     """
@@ -68,6 +70,7 @@ class SweepPoint:
     per_layer: bool = False
     tune_model: int = 0
     tune_codes: bool = False
+    nats: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -230,4 +233,6 @@ def _row(point: SweepPoint, dense: SweepPoint | None) -> dict[str, Any]:
     row |= {f"perplexity {text}": value for text, value in point.perplexity.items()}
     if dense is not None:
         row |= {f"excess {text}": value for text, value in excess(point, dense).items()}
+        nats = point.nats or dict.fromkeys(point.perplexity)
+        row |= {f"nats {text}": value for text, value in nats.items()}
     return row

@@ -31,7 +31,7 @@ import torch
 from .. import __version__
 from ..config import SpqrConfig
 from ..errors import ConfigError, NumericsError
-from ..evaluate.perplexity import perplexity
+from ..evaluate.perplexity import perplexity, perplexity_beside
 from ..model.blocks import check_causal, check_dense, find_blocks, plan
 from ..model.budget import Curves, Target, read_curves
 from ..model.calibration import load_tokens, window_length
@@ -85,7 +85,8 @@ def sweep(
     tune_codes   train codes too, where all blocks are trained
     targets    bits to come to: settings that keep outliers make a point for each, and none else
     dataset, nsamples, seqlen, device   as for `compress`
-    dense      measure the dense model too, which must fit in memory whole then
+    dense      measure the dense model too, and predictions beside its own; it must fit in memory
+               whole then, together with a compressed one
     progress   a bar over all that is still to do
 
     Raises CheckpointError where `out` holds anything else, and what `compress`, `load_model` and
@@ -103,7 +104,7 @@ def sweep(
         "device": device,
     }
     folder = SweepFolder(Path(out).expanduser(), _common(source, tokens, calibration, texts))
-    job = Sweep(source, texts, calibration, folder, progress)
+    job = Sweep(source, texts, calibration, folder, progress, beside=dense)
     yield from job.points(runs)
 
 
@@ -170,6 +171,7 @@ class Sweep:
     """What all runs share.
 
     calibration   keywords of `compress`
+    beside        measure compressed models beside the dense one
     """
 
     source: Source
@@ -177,6 +179,7 @@ class Sweep:
     calibration: Mapping[str, Any]
     folder: SweepFolder
     progress: Progress | None
+    beside: bool
 
     def points(self, runs: Sequence[Run]) -> Iterator[SweepPoint]:
         """The point of each run, found in the folder or made."""
@@ -204,9 +207,13 @@ class Sweep:
 
     def _dense(self, run: Run, place: str) -> SweepPoint:
         Half(self.progress, place, 1).update()  # nothing to compress
-        perplexity = self._measure(self.source, place)
+        half = self._half(place)
+        model, _ = load_model(self.source, device=self.calibration["device"])
+        found = {
+            name: perplexity(model, tokens, half.update) for name, tokens in self.texts.items()
+        }
         return SweepPoint(
-            run.name, None, 0, None, DENSE_BITS, outlier_share=0, seconds=0, perplexity=perplexity
+            run.name, None, 0, None, DENSE_BITS, outlier_share=0, seconds=0, perplexity=found
         )
 
     def _compressed(self, run: Run, place: str) -> SweepPoint:
@@ -222,7 +229,7 @@ class Sweep:
             bits=total.bits,
             outlier_share=total.outlier_share,
             seconds=sum(row.seconds for row in rows),
-            perplexity=self._measure(str(checkpoint), place),
+            **self._measure(checkpoint, place),
         )
 
     def _compress(self, run: Run, out: Path, place: str) -> None:
@@ -249,14 +256,27 @@ class Sweep:
     def _curves_name(self, run: Run) -> str:
         return f"{run.surveyed}-{CURVES_FILE}"
 
-    def _measure(self, model: str | Source, place: str) -> dict[str, float]:
-        """Name of each text -> perplexity of a model that is loaded for it."""
+    def _measure(self, checkpoint: Path, place: str) -> dict[str, Any]:
+        """The fields of a point that measuring finds, of a model that is loaded for it."""
+        half, device = self._half(place), self.calibration["device"]
+        model, _ = load_model(str(checkpoint), device=device)
+        if not self.beside:
+            alone = {n: perplexity(model, tokens, half.update) for n, tokens in self.texts.items()}
+            return {"perplexity": alone}
+        dense, _ = load_model(self.source, device=device)
+        found = {
+            name: perplexity_beside(model, dense, tokens, half.update)
+            for name, tokens in self.texts.items()
+        }
+        return {
+            "perplexity": {name: perplexity for name, (perplexity, _) in found.items()},
+            "nats": {name: nats for name, (_, nats) in found.items()},
+        }
+
+    def _half(self, place: str) -> Half:
         half = Half(self.progress, place, sum(map(len, self.texts.values())))
         half.set_postfix_str("perplexity")
-        loaded, _ = load_model(model, device=self.calibration["device"])
-        return {
-            name: perplexity(loaded, windows, half.update) for name, windows in self.texts.items()
-        }
+        return half
 
 
 class Half:

@@ -17,6 +17,7 @@ from spqr_numba.analysis.sweep import sweep
 from spqr_numba.config import SpqrConfig
 from spqr_numba.errors import CheckpointError, ConfigError, ModelError, NumericsError
 from spqr_numba.evaluate.baselines import measure
+from spqr_numba.evaluate.perplexity import perplexity_beside
 from spqr_numba.model import compress as compress_module
 from spqr_numba.model.budget import Target
 from spqr_numba.model.compress import Compression, compress
@@ -75,6 +76,10 @@ def test_points_are_those_of_compress_and_eval(
         report = compress(dense, tmp_path / name, config, seed=1, **quick)
         expected = measure(load_model(str(tmp_path / name))[0], texts)
         assert (point.bits, point.perplexity) == (expected.bits, expected.perplexity)
+        model, beside = (load_model(each)[0] for each in (str(tmp_path / name), dense))
+        nats = {text: perplexity_beside(model, beside, w)[1] for text, w in texts.items()}
+        assert point.nats == nats
+        assert min(nats.values()) > 0
         assert point.outlier_share == pytest.approx(report.outlier_share)
         assert point.config == config.to_dict()
         assert point.seconds > 0
@@ -239,6 +244,7 @@ def test_killed_while_measuring(
             list(sweep(dense, settings, texts, tmp_path, dense=False, **quick))
     (point,) = sweep(dense, settings, texts, tmp_path, dense=False, **quick)
     assert point.perplexity["a"] > 1
+    assert point.nats is None  # beside which model?
     assert len(compressions) == 1
 
 

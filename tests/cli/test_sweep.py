@@ -40,7 +40,7 @@ def test_table_json_and_picture(run: Run, dense: Path, text: Path, tmp_path: Pat
     result = run(f"{line} --preset paper --bits 3,4 --baselines 8 --plot {plot}")
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.splitlines()
-    titles = ["setting", "seed", "bits", "outliers %", "perplexity, count", "excess"]
+    titles = ["setting", "seed", "bits", "outliers %", "perplexity, count", "excess", "nats"]
     assert re.split(" {2,}", header) == titles
     names = [row.split("  ")[0] for row in rows]
     assert sorted(names) == sorted(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spqr_numba.errors import DataError, InputError, NumericsError
-from spqr_numba.evaluate.perplexity import perplexity
+from spqr_numba.evaluate.perplexity import perplexity, perplexity_beside
 
 from ..tiny import tiny_llama
 
@@ -46,6 +46,15 @@ def test_mean_over_predicted_tokens_by_hand() -> None:
     model = Bigram(0.5)
     expected = math.exp((2 * -math.log(0.5) - math.log(0.5 / 7)) / 3)
     assert perplexity(model, torch.tensor([[0, 1, 2, 0]])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_nats_beside_another_model_by_hand() -> None:
+    """Both predict the next number: 0.5 ln(0.5 / 0.8) + 0.5 ln((0.5 / 7) / (0.2 / 7))."""
+    model, dense = Bigram(0.8), Bigram(0.5)
+    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    found = perplexity_beside(model, dense, counting(3, 600))
+    assert found == (perplexity(model, counting(3, 600)), pytest.approx(expected, rel=1e-5))
+    assert perplexity_beside(model, model, counting(2, 5))[1] == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("length", [2, 300, 1500])
