@@ -23,9 +23,8 @@ import torch
 from torch import nn
 
 from ..config import SpqrConfig
-from ..errors import NumericsError
 from ..format.layout import MatrixSpec
-from ..quantize.hessian import Factorization, factorize, is_finite
+from ..quantize.hessian import Factorization, factorize
 from ..quantize.outliers import outlier_threshold
 from ..quantize.solver import check_weight, squared_output, walk_columns
 from .activations import Activations
@@ -233,8 +232,6 @@ class Sample:
         columns = self.weight.T[self.factor.order]
         spec = MatrixSpec.from_config(tried, *self.weight.shape)
         loop = walk_columns(columns, self.factor, spec, tried).loop
-        if not is_finite(loop.weight):
-            raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
         errors, outliers = columns - loop.weight, loop.outliers.view(torch.float16) != 0
         found = [
             measure
@@ -312,10 +309,14 @@ def _factorizations(
     for group in groups:
         with named(group.names[0]):
             matrix = sums.hessians.pop(group).matrix
+        known: dict[tuple | None, Factorization] = {}
         for layers in _alike(group.names, settings):
-            with named(layers[0]):
-                first = wanted[layers[0]]
-                factor = factorize(matrix, settings[layers[0]], first.weight)
+            first, config = layers[0], settings[layers[0]]
+            key = factorization_key(first, config)
+            if key not in known:
+                with named(first):
+                    known[key] = factorize(matrix, config, wanted[first].weight)
+            factor = known[key]
             hessians: dict[str, torch.Tensor | None] = dict.fromkeys(layers, factor.hessian)
             for name in layers:
                 if name in alone:
@@ -326,13 +327,12 @@ def _factorizations(
 
 def _alike(names: Iterable[str], settings: Mapping[str, SpqrConfig]) -> list[list[str]]:
     """Linears of one input whose settings are equal, and that can share a factorization."""
+    keys = {name: (settings[name], factorization_key(name, settings[name])) for name in names}
     found: list[list[str]] = []
-    for name in names:
-        key = settings[name], factorization_key(name, settings[name])
-        for others in found:
-            if (settings[others[0]], factorization_key(others[0], settings[others[0]])) == key:
-                others.append(name)
-                break
-        else:
+    for name in names:  # settings with overrides have no hash
+        others = next((some for some in found if keys[some[0]] == keys[name]), None)
+        if others is None:
             found.append([name])
+        else:
+            others.append(name)
     return found

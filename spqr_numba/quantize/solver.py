@@ -108,8 +108,6 @@ def quantize_weight(
     walk = walk_columns(aimed_at(columns, factor), factor, spec, config)
     matrix = pack(walk.loop, spec, factor.order, config)
     quantized = walk.loop.weight
-    if not is_finite(quantized):
-        raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
     loss = squared_output(columns - quantized, factor.hessian).item()
     size = squared_output(columns, factor.hessian).item()
     report = WeightReport(
@@ -166,7 +164,7 @@ def as_factorization(
 def walk_columns(
     columns: torch.Tensor, factor: Factorization, spec: MatrixSpec, config: SpqrConfig
 ) -> ColumnWalk:
-    """Quantize permuted columns [n, m] block by block."""
+    """Quantize permuted columns [n, m] block by block. Raises NumericsError beyond fp16."""
     current = columns.clone()
     current[factor.dead] = 0
     n = spec.in_features
@@ -194,6 +192,8 @@ def walk_columns(
         if factor.upper is not None:
             behind = factor.upper[start:stop, stop:]
             current[stop:].addmm_(behind.T, loop.errors[start:stop], alpha=-1)
+    if not is_finite(loop.weight):
+        raise NumericsError("the weight is too large: its scales pass the largest fp16 number")
     before, after = loop.sums.sum(0, dtype=torch.float64).tolist()
     return ColumnWalk(loop, threshold, before, after)
 
