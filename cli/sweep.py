@@ -89,7 +89,9 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 @click.option("--per-layer/--no-per-layer", default=True, help="As for `spqr compress`.")
 @device_option
 @click.option(
-    "--no-dense", is_flag=True, help="Leave out the dense model, which must fit in memory whole."
+    "--no-dense",
+    is_flag=True,
+    help="Leave out the dense model and nats from it; it must fit in memory whole.",
 )
 @click.option("--plot", type=FILE, help="Draw what OUT holds (.png, .pdf, .svg); needs matplotlib.")
 def sweep(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:

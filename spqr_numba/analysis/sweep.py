@@ -207,13 +207,9 @@ class Sweep:
 
     def _dense(self, run: Run, place: str) -> SweepPoint:
         Half(self.progress, place, 1).update()  # nothing to compress
-        half = self._half(place)
-        model, _ = load_model(self.source, device=self.calibration["device"])
-        found = {
-            name: perplexity(model, tokens, half.update) for name, tokens in self.texts.items()
-        }
+        perplexity = self._measure(self.source, place)
         return SweepPoint(
-            run.name, None, 0, None, DENSE_BITS, outlier_share=0, seconds=0, perplexity=found
+            run.name, None, 0, None, DENSE_BITS, outlier_share=0, seconds=0, perplexity=perplexity
         )
 
     def _compressed(self, run: Run, place: str) -> SweepPoint:
@@ -222,6 +218,11 @@ class Sweep:
         if not checkpoint.exists():  # else an earlier run was killed while it measured
             self._compress(run, checkpoint, place)
         total = totals(inspect_checkpoint(checkpoint))
+        model = str(checkpoint)
+        if self.beside:
+            perplexity, nats = self._measure_beside(model, place)
+        else:
+            perplexity, nats = self._measure(model, place), None
         rows = read_rows((checkpoint / LAYERS_FILE).read_text(encoding="utf-8"), LayerRow)
         return SweepPoint(
             name=run.name,
@@ -229,7 +230,8 @@ class Sweep:
             bits=total.bits,
             outlier_share=total.outlier_share,
             seconds=sum(row.seconds for row in rows),
-            **self._measure(checkpoint, place),
+            perplexity=perplexity,
+            nats=nats,
         )
 
     def _compress(self, run: Run, out: Path, place: str) -> None:
@@ -256,22 +258,25 @@ class Sweep:
     def _curves_name(self, run: Run) -> str:
         return f"{run.surveyed}-{CURVES_FILE}"
 
-    def _measure(self, checkpoint: Path, place: str) -> dict[str, Any]:
-        """The fields of a point that measuring finds, of a model that is loaded for it."""
-        half, device = self._half(place), self.calibration["device"]
-        model, _ = load_model(str(checkpoint), device=device)
-        if not self.beside:
-            alone = {n: perplexity(model, tokens, half.update) for n, tokens in self.texts.items()}
-            return {"perplexity": alone}
-        dense, _ = load_model(self.source, device=device)
-        found = {
-            name: perplexity_beside(model, dense, tokens, half.update)
-            for name, tokens in self.texts.items()
-        }
+    def _measure(self, model: str | Source, place: str) -> dict[str, float]:
+        """Name of each text -> perplexity of a model that is loaded for it."""
+        loaded, half = self._load(model), self._half(place)
         return {
-            "perplexity": {name: perplexity for name, (perplexity, _) in found.items()},
-            "nats": {name: nats for name, (_, nats) in found.items()},
+            name: perplexity(loaded, windows, half.update) for name, windows in self.texts.items()
         }
+
+    def _measure_beside(self, model: str, place: str) -> tuple[dict[str, float], dict[str, float]]:
+        """(perplexity, nats from the dense model), each by the name of a text."""
+        loaded, dense, half = self._load(model), self._load(self.source), self._half(place)
+        found = {
+            name: perplexity_beside(loaded, dense, windows, half.update)
+            for name, windows in self.texts.items()
+        }
+        first, second = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+        return first, second
+
+    def _load(self, model: str | Source) -> Any:
+        return load_model(model, device=self.calibration["device"])[0]
 
     def _half(self, place: str) -> Half:
         half = Half(self.progress, place, sum(map(len, self.texts.values())))
