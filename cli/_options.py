@@ -446,13 +446,12 @@ def target_bits_from(values: dict[str, Any]) -> float | None:
     Where nothing says what layers are to be like, those that `compress` aims at by default.
     """
     overridden = {field for _, settings in values["overrides"] for field in settings}
-    said = [
-        values["preset"],
-        values["nearest"] or None,
-        *(values[field] for field in CHOSEN_FIELDS),
-        *(overridden & set(CHOSEN_FIELDS)),
-    ]
-    if values["target_bits"] is None and all(each is None for each in said):
+    said = (
+        values["nearest"]
+        or any(values[name] is not None for name in ("preset", *CHOSEN_FIELDS))
+        or not overridden.isdisjoint(CHOSEN_FIELDS)
+    )
+    if values["target_bits"] is None and not said:
         return DEFAULT_BITS
     return values["target_bits"]
 
