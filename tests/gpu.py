@@ -32,17 +32,16 @@ HOPPER = (9, 0, "a")  # with what only this generation has
 each_capability = pytest.mark.parametrize("capability", [OLD, NEW], ids=["sm_80", "sm_90"])
 
 
-def ptx_of(
-    kernel: Any, signature: tuple[Any, ...], capability: tuple[Any, ...], **options: Any
-) -> str:
-    """The PTX of a kernel; it has no float64 and nothing in local memory."""
+def ptx_of(kernel: Any, signature: tuple[Any, ...], capability: tuple[Any, ...]) -> str:
+    """The PTX of a kernel within its launch bounds; no float64, nothing in local memory."""
     from numba import cuda
     from numba.cuda import dispatcher
 
     device = SimpleNamespace(compute_capability=capability)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatcher, "get_current_device", lambda: device)
-        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **options)
+        bounds = kernel.targetoptions.get("launch_bounds")
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, launch_bounds=bounds)
     assert ".f64" not in ptx
     assert ".local" not in ptx
     return ptx

@@ -127,7 +127,6 @@ def test_ptx(
     ring, early = RINGS[1][0], capability >= (9, 0)
     spec = stream_cuda.KernelSpec(UnitSpec(3, 3, 16), dtype, *ring, early, feed=kind)
     kernel = product_kernel.__wrapped__(spec)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, SIGNATURE, capability)
     assert ("rsqrt.approx" if eps else "ex2.approx") in ptx
     assert_no_spills(ptx, capability, tmp_path)

@@ -77,8 +77,7 @@ def test_ptx(bits: int, group_size: int, outliers: bool, inputs: int, tmp_path: 
 
     spec = ManySpec(UnitSpec(bits, bits, group_size), outliers, inputs, torch.float16)
     kernel = many_kernel.__wrapped__(spec)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, SIGNATURE, HOPPER, launch_bounds=bounds)
+    ptx = ptx_of(kernel, SIGNATURE, HOPPER)
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n{inputs}k16\.f32\.f16\.f16", ptx)
     assert products
     assert len(products) % (2 * group_size) == 0
@@ -93,8 +92,7 @@ def test_ptx_of_shares(tmp_path: Path) -> None:
     from spqr_numba.kernels.many_results_cuda import SHARES, shares_kernel
 
     kernel = shares_kernel.__wrapped__(torch.bfloat16)
-    bounds = kernel.targetoptions["launch_bounds"]
-    assert_no_spills(ptx_of(kernel, SHARES, NEW, launch_bounds=bounds), NEW, tmp_path)
+    assert_no_spills(ptx_of(kernel, SHARES, NEW), NEW, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -318,8 +318,7 @@ def test_ptx(
     unit = UnitSpec(bits, stat_bits, group_size)
     spec = KernelSpec(unit, dtype, *RINGS[1][0], capability >= NEW)
     kernel = product_kernel.__wrapped__(spec)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, SIGNATURE, capability)
     assert len(re.findall(PRODUCT.format(16), ptx)) == unit.columns // 16
     assert "cp.async.cg.shared.global" in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability >= NEW)
@@ -359,8 +358,7 @@ def test_ptx_of_several(
     unit, new = UnitSpec(bits, bits, group_size, inputs), capability >= NEW
     spec = KernelSpec(unit, dtype, *RINGS[inputs][0], new, 2 if new else 1)
     kernel = several_kernel.__wrapped__(spec)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, SEVERAL, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, SEVERAL, capability)
     products = len(re.findall(PRODUCT.format(group_size), ptx))
     assert products >= unit.columns // group_size * (inputs // 8)
     assert "cp.async.cg.shared.global" in ptx
@@ -380,6 +378,5 @@ def test_ptx_of_staging(capability: tuple[int, int], tmp_path: Path) -> None:
 
     spec = KernelSpec(UnitSpec(3, 3, 16, 8), torch.bfloat16, 16, 1, capability >= NEW)
     kernel = cores_kernel.__wrapped__(spec)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, CORES, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, CORES, capability)
     assert_no_spills(ptx, capability, tmp_path)

@@ -136,8 +136,7 @@ def test_ptx(
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
     kernel = dequantize_kernel.__wrapped__(UnitSpec(3, 3, group_size), dtype, True)
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, SIGNATURE, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, SIGNATURE, capability)
     assert "st.global.v4.b32" in ptx
     assert_no_spills(ptx, capability, tmp_path)
 
@@ -151,7 +150,6 @@ def test_ptx_of_order(capability: tuple[int, int], tmp_path: Path) -> None:
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
     kernel = order_kernel.__wrapped__(KernelSpec(UnitSpec(3, 3, 16), torch.float16, 16, 1, False))
-    bounds = kernel.targetoptions["launch_bounds"]
-    ptx = ptx_of(kernel, ORDERED, capability, launch_bounds=bounds)
+    ptx = ptx_of(kernel, ORDERED, capability)
     assert "st.global.v4" in ptx
     assert_no_spills(ptx, capability, tmp_path)
