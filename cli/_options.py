@@ -342,7 +342,7 @@ SEARCH = Setting(
 GRID = [*SETTINGS, SEARCH, *SWITCHES]
 
 PRESET_HELP = (
-    "near-lossless makes about 4.6 bits a weight, balanced 4.0, small 3.3; paper and paper-4bit are"
+    "near-lossless makes about 4.7 bits a weight, balanced 3.9, small 3.3; paper and paper-4bit are"
     " the paper's recipes, exactly."
 )
 

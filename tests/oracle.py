@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -209,7 +211,7 @@ class JointFit:
         levels, (cost, pairs) = self.start, self.choose(self.start)
         for _ in range(3):
             others = self.refit(levels, *pairs)
-            other_cost, other_pairs = self.choose(others)
+            other_cost, other_pairs = self.choose(others, around=pairs)
             if not other_cost < cost:
                 break
             levels, cost, pairs = others, other_cost, other_pairs
@@ -241,8 +243,13 @@ class JointFit:
         error = self.weights - scale[:, None] * self.steps(scale, zero)
         return error**2 * self.importance
 
-    def choose(self, levels: tuple) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
-        """What the cheapest pairs cost together, and their scale codes and zero codes."""
+    def choose(
+        self, levels: tuple, around: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+        """What the cheapest pairs cost together, and their scale codes and zero codes.
+
+        With `around`, among four scale codes by four zero codes: from one below that pair on.
+        """
         rows = len(self.weights)
         best = np.full(rows, np.inf)
         chosen = np.zeros((2, rows), int)
@@ -251,10 +258,20 @@ class JointFit:
             for zero_code in self.codes[1]:
                 zero = np.full(rows, self.decode(levels[1], zero_code))
                 cost = np.minimum(self.terms(scale, zero), self.threshold).sum(axis=1)
-                better = (cost < best) & (scale >= 0)
+                better = (cost < best) & (scale >= 0) & self.near((scale_code, zero_code), around)
                 best[better] = cost[better]
                 chosen[:, better] = [[scale_code], [zero_code]]
         return float(best.sum()), (chosen[0], chosen[1])
+
+    def near(self, pair: tuple[int, int], around: tuple[np.ndarray, np.ndarray] | None) -> Any:
+        """Which rows may choose a pair of codes."""
+        if around is None:
+            return True
+        inside: Any = True
+        for code, codes, last in zip(pair, self.codes, around, strict=True):
+            first = np.clip(last - 1, 0, len(codes) - 4)
+            inside &= (first <= code) & (code < first + 4)
+        return inside
 
     def refit(self, levels: tuple, scale_codes: np.ndarray, zero_codes: np.ndarray) -> tuple:
         """Levels by weighted least squares on what is no outlier, with all codes as they are."""

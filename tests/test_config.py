@@ -30,8 +30,8 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        ("near-lossless", 4 + 6 / 16 + 64 / (16 * 64)),  # 4.4375
-        ("balanced", 3 + 6 / 8 + 64 / (8 * 64)),  # 3.875
+        ("near-lossless", 4 + 8 / 16 + 64 / (16 * 64)),  # 4.5625
+        ("balanced", 3 + 8 / 16 + 64 / (16 * 64)),  # 3.5625
         ("small", 3 + 6 / 32 + 64 / (32 * 64)),  # 3.21875
     ],
 )

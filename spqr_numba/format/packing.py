@@ -30,12 +30,21 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count, width = codes.shape
     chunks = ceil_div(count, CODES_PER_CHUNK)
     words = torch.zeros(chunks, bits, width, dtype=torch.int32, device=codes.device)
-    for k, word, shift in code_positions(bits):
-        lane = codes[k::CODES_PER_CHUNK].to(torch.int32)
-        words[: len(lane), word] |= lane << shift
-        if shift + bits > WORD_BITS:
-            words[: len(lane), word + 1] |= lane >> (WORD_BITS - shift)
+    whole, rest = count // CODES_PER_CHUNK, count % CODES_PER_CHUNK
+    pack_chunks(codes[: count - rest].view(whole, CODES_PER_CHUNK, width), bits, words[:whole])
+    if rest:
+        pack_chunks(codes[count - rest :].unsqueeze(0), bits, words[whole:])
     return words
+
+
+def pack_chunks(codes: torch.Tensor, bits: int, words: torch.Tensor) -> None:
+    """Fill words [chunks, bits, width] from codes [chunks, 32 or fewer, width]."""
+    starts = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) * bits
+    for word in range(bits):
+        first, last = word * WORD_BITS // bits, ceil_div((word + 1) * WORD_BITS, bits)
+        shifts = starts[first:last, None] - word * WORD_BITS  # below 0 where a code began before
+        here = codes[:, first:last].to(torch.int32) >> (-shifts).clamp_(min=0)
+        torch.sum(here << shifts.clamp_(min=0), dim=1, dtype=torch.int32, out=words[:, word])
 
 
 def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

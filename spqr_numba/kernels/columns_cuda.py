@@ -61,7 +61,7 @@ def prepared_walk(
     if upper is None:
         upper = torch.empty(0, 0, device=device)
     return prepared_launch(
-        walk_kernel(width, settings.joint),
+        walk_kernel(width, settings.joint, fits_inside(width, settings.group_size)),
         tiles,
         (width, THREADS // width),
         device,
@@ -72,13 +72,20 @@ def prepared_walk(
     )
 
 
+def fits_inside(width: int, group_size: int) -> bool:
+    """Whether a block of columns holds whole groups; else a group begins only where one does."""
+    return columns_in_shared_memory(width) % group_size == 0
+
+
 @cache
-def walk_kernel(width: int, joint: bool = False) -> Any:
+def walk_kernel(width: int, joint: bool, inside: bool) -> Any:
     """kernel(loop, upper, settings, start, stop), for tiles of `width` rows and other settings.
 
-    upper is all of U, or empty where nothing is propagated.
+    upper is all of U, or empty where nothing is propagated. Each variant holds the fit once: with
+    another inlined beside it, the code outgrows the instruction cache.
     """
-    fit = joint_fit_function(width) if joint else fit_function(width)
+    find_group = group_in_tile if inside else group_in_weight
+    fit = joint_fit_function(width, find_group) if joint else fit_function(width, find_group)
     propagate, block_columns = propagate_function(width), columns_in_shared_memory(width)
     tile_rows, parts = np.uint32(width), np.uint32(THREADS // width)
 
@@ -145,7 +152,19 @@ def propagate_function(width: int) -> Any:
     return propagate
 
 
-def fit_function(width: int) -> Any:
+@cuda.jit(device=True)
+def group_in_tile(loop, tile, at, row, j):
+    """Where the weights of a group are, array[first + k, lane]: it lies within a block."""
+    return tile, at, np.uint32(cuda.threadIdx.x)
+
+
+@cuda.jit(device=True)
+def group_in_weight(loop, tile, at, row, j):
+    """The same of a group that begins with its block, where all is still as it was."""
+    return loop.weight, j, row
+
+
+def fit_function(width: int, find_group: Any) -> Any:
     """fit(...) -> scale, zero of this thread's row for the group of columns j ... end - 1."""
     start, store = start_function(width), store_function(width)
 
@@ -153,7 +172,8 @@ def fit_function(width: int) -> Any:
     def fit(loop, tile, upper, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
-        start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
+        weights, first, lane = find_group(loop, tile, at, row, j)
+        start(loop, weights, first, lane, j, end, settings, max_code, scales, zeros)
         rows, block_rows = np.uint32(loop.weight.shape[1]), np.uint32(settings.stats_group_size)
         scale = store(
             scales,
@@ -182,7 +202,7 @@ def fit_function(width: int) -> Any:
     return fit
 
 
-def joint_fit_function(width: int) -> Any:
+def joint_fit_function(width: int, find_group: Any) -> Any:
     """fit(...), as that of `fit_function`, of scales and zeros that are chosen together."""
     start, fit_jointly = start_function(width), joint_function(width, THREADS // width)
     tile_rows = np.uint32(width)
@@ -191,17 +211,12 @@ def joint_fit_function(width: int) -> Any:
     def fit(loop, tile, upper, at, row, j, end, stop, group, settings, max_code, stores):
         scales = cuda.shared.array(width, np.float32)
         zeros = cuda.shared.array(width, np.float32)
-        start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros)
+        weights, first, lane = find_group(loop, tile, at, row, j)
+        start(loop, weights, first, lane, j, end, settings, max_code, scales, zeros)
         rows = np.uint32(loop.weight.shape[1] - np.uint32(cuda.blockIdx.x * tile_rows))
-        lane, count = np.uint32(cuda.threadIdx.x), np.uint32(end - j)
-        if end <= stop:
-            return fit_jointly(
-                loop, tile, upper, at, lane, j, count, group, settings, scales, zeros, rows, stop,
-                stores,
-            )  # fmt: skip
         return fit_jointly(
-            loop, loop.weight, upper, j, row, j, count, group, settings, scales, zeros, rows, stop,
-            stores,
+            loop, weights, upper, first, lane, j, np.uint32(end - j), group, settings, scales,
+            zeros, rows, stop, stores,
         )  # fmt: skip
 
     return fit
@@ -212,17 +227,13 @@ def start_function(width: int) -> Any:
     range_of = range_function(width)
 
     @cuda.jit(device=True)
-    def start(loop, tile, at, row, j, end, stop, settings, max_code, scales, zeros):
-        lane = np.uint32(cuda.threadIdx.x)
-        if end <= stop:
-            low, high = range_of(tile, at, lane, loop.diagonal, j, end, settings, max_code)
-        else:  # the group begins where the block does, and is still as it was
-            low, high = range_of(loop.weight, j, row, loop.diagonal, j, end, settings, max_code)
+    def start(loop, weights, first, lane, j, end, settings, max_code, scales, zeros):
+        low, high = range_of(weights, first, lane, loop.diagonal, j, end, settings, max_code)
         scale, zero = grid_of(low, high, max_code)
         if settings.round_zero:
             zero = round_to_even(zero)
-        scales[lane] = scale
-        zeros[lane] = zero
+        scales[np.uint32(cuda.threadIdx.x)] = scale
+        zeros[np.uint32(cuda.threadIdx.x)] = zero
         cuda.syncthreads()
 
     return start

@@ -10,7 +10,8 @@ that it becomes an outlier:
     choose    for every row, of all pairs of a scale code and a zero code the one that costs least
     refit     the statistics, all codes held, by least squares over what is no outlier:
               first those of the scales, then those of the zeros
-    again     choose and refit as long as the cost falls, three times at most
+    again     choose, among the 16 pairs around a row's last, and refit, as long as the cost falls,
+              three times at most
     check     walk the columns on the grids found and on those of min-max made bilevel, propagating
               errors as columns.py will, and keep the latter where they cost less
 
@@ -28,8 +29,8 @@ inputs correlate strongly it can be several times the rest.
 
 The cost is that of statistics as they are stored, and a refit that does not lower it is dropped, so
 that one that degenerates does no harm. Sums are fp32, over columns, then over rows, each in order.
-Lanes of a CPU are pairs of codes, whose grids all rows of a stats block share. Source of the two
-levels: section 4.2 of arXiv 2306.03078; the paper fits by min-max.
+A refit moves statistics little, so that a search of all pairs behind it finds next to nothing more.
+Lanes of a CPU are pairs of codes. Source of the two levels: section 4.2 of arXiv 2306.03078; the paper fits by min-max.
 """
 
 from __future__ import annotations
@@ -46,9 +47,19 @@ from .scalars import FP16_MAX, decoded_statistic, product
 __all__ = ["Levels", "choose_reference", "fit_jointly"]
 
 REFITS = 3
+WINDOW_BITS = 2  # of either code, in a search around a pair: 4 x 4 pairs
 REACH = 64  # columns among which the check propagates: any block of columns holds so many
 TO_INTEGER = np.float32(2**23)  # added and taken away, rounds: a GPU has few units for rounding
 LEAST_SPREAD = np.float32(1e-3)  # of codes among rows: below it, step and base are one unknown
+
+
+class Window(NamedTuple):
+    """The pairs that a row may choose from: `size` of them, zero codes, 2^zero_bits, fastest."""
+
+    first_scale: Any
+    first_zero: Any
+    zero_bits: Any
+    size: Any
 
 
 class Levels(NamedTuple):
@@ -77,16 +88,19 @@ def fit_jointly(weights, importance, upper, threshold, scale, zero, scale_codes,
     """The CPU twin; bits are those of a weight's, a scale's and a zero's code. Returns Levels."""
     max_code = np.float32((1 << bits[0]) - 1)
     plain = levels = starting_levels(scale.min(), scale.max(), zero.min(), zero.max(), bits)
-    plain_pairs, pairs, other_pairs = np.empty((3, scale.size), np.int64)
+    plain_pairs, pairs, other_pairs = np.empty((3, scale.size), np.uint32)
     for row in range(scale.size):
         plain_pairs[row] = plain_pair(scale[row], zero[row], plain, bits)
     plain_grids = grids = grids_of(levels, bits)
-    cost = choose(weights, importance, threshold, max_code, grids, pairs)
+    cost = choose(weights, importance, threshold, max_code, grids, bits, True, pairs)
     for _ in range(REFITS):
         moments = moments_of(weights, importance, threshold, max_code, grids, pairs)
         others = refitted(levels, moments, pairs, 0, scale.size, bits)
         other_grids = grids_of(others, bits)
-        other_cost = choose(weights, importance, threshold, max_code, other_grids, other_pairs)
+        other_pairs[:] = pairs
+        other_cost = choose(
+            weights, importance, threshold, max_code, other_grids, bits, False, other_pairs
+        )
         if not other_cost < cost:
             break
         levels, grids, cost = others, other_grids, other_cost
@@ -113,23 +127,30 @@ def grids_of(levels, bits):
 
 
 @compiled()
-def choose(weights, importance, threshold, max_code, grids, pairs):
-    """Fill in the cheapest pair of every row, the first of equals; returns the sum of costs."""
+def choose(weights, importance, threshold, max_code, grids, bits, everywhere, pairs):
+    """Make `pairs` the cheapest of every row, the first of equals; returns the sum of costs.
+
+    Of all pairs where `everywhere`, else of those around the one that a row has.
+    """
     columns, rows = weights.shape
     costs = np.empty(grids.shape[1], np.float32)
+    own = np.empty_like(grids)
     total = np.float32(0)
     for row in range(rows):
-        for pair in range(costs.size):
-            costs[pair] = cost_of_nothing(grids[0, pair])
+        window = whole_window(bits) if everywhere else window_around(pairs[row], bits)
+        for i in range(window.size):
+            pair = pair_in_window(np.uint32(i), window, bits)
+            for part in range(3):
+                own[part, i] = grids[part, pair]
+            costs[i] = cost_of_nothing(own[0, i])
         for k in range(columns):
             weight, factor = weights[k, row], importance[k]
-            for pair in range(costs.size):
-                term = error_term(
-                    weight, grids[0, pair], grids[1, pair], grids[2, pair], factor, max_code
-                )[0]
-                costs[pair] += min(term, threshold)
-        pairs[row] = np.argmin(costs)
-        total += costs[pairs[row]]
+            for i in range(window.size):
+                term = error_term(weight, own[0, i], own[1, i], own[2, i], factor, max_code)[0]
+                costs[i] += min(term, threshold)
+        best = np.argmin(costs[: window.size])
+        pairs[row] = pair_in_window(np.uint32(best), window, bits)
+        total += costs[best]
     return total
 
 
@@ -194,6 +215,40 @@ def plain_pair(scale, zero, levels, bits):
     scale_code = statistic_code(scale, levels.scale_step, levels.scale_base, max_scale)
     zero_code = statistic_code(zero, levels.zero_step, levels.zero_base, max_zero)
     return (np.uint32(scale_code) << np.uint32(bits[2])) | np.uint32(zero_code)
+
+
+@njit(inline="always")
+def whole_window(bits):
+    """All pairs of codes."""
+    return Window(
+        np.uint32(0), np.uint32(0), np.uint32(bits[2]), np.uint32(1 << (bits[1] + bits[2]))
+    )
+
+
+@njit(inline="always")
+def window_around(pair, bits):
+    """The 4 x 4 pairs around one: from one code below to two above, where there are such."""
+    scale_code, zero_code = codes_of_pair(pair, bits)
+    return Window(
+        first_around(scale_code, bits[1]),
+        first_around(zero_code, bits[2]),
+        np.uint32(WINDOW_BITS),
+        np.uint32(1 << (2 * WINDOW_BITS)),
+    )
+
+
+@njit(inline="always")
+def first_around(code, bits):
+    """The first of four codes around one, of 2^bits, four at least."""
+    return np.uint32(min(max(code, 1) - 1, (1 << bits) - (1 << WINDOW_BITS)))
+
+
+@njit(inline="always")
+def pair_in_window(i, window, bits):
+    """The pair i < size of a window; rising with i."""
+    scale_code = window.first_scale + (i >> window.zero_bits)
+    zero_code = window.first_zero + (i & ((np.uint32(1) << window.zero_bits) - np.uint32(1)))
+    return np.uint32((scale_code << np.uint32(bits[2])) | zero_code)
 
 
 @njit(inline="always")

@@ -30,10 +30,13 @@ from .joint import (
     error_passed_on,
     error_term,
     grid_of_pair,
+    pair_in_window,
     plain_pair,
     refitted,
     row_moments,
     starting_levels,
+    whole_window,
+    window_around,
 )
 from .launch import numba_cuda
 from .scalars import float_to_half, product
@@ -44,6 +47,7 @@ cuda = numba_cuda()
 
 MOMENTS = np.uint32(5)
 FOUR = np.uint32(4)
+SEARCHES = REFITS + 1
 
 
 def joint_function(width: int, parts: int) -> Any:
@@ -72,20 +76,22 @@ def joint_function(width: int, parts: int) -> Any:
         low_zero, high_zero = bounds(zeros, begin, end)
         plain = levels = starting_levels(low_scale, high_scale, low_zero, high_zero, bits)
         pair_of_plain = plain_pair(scales[lane], zeros[lane], plain, bits)
-        cost, pair = choose(
-            weights, first, column, j, count, importance, threshold, levels, bits, begin, end
-        )
-        for _ in range(REFITS):
-            remember(
-                weights, first, column, j, count, importance, threshold, levels, bits, pair,
-                moments, pairs,
-            )  # fmt: skip
-            others = refitted(levels, moments, pairs, begin, end, bits)
+        others, cost, pair = levels, np.float32(np.inf), pair_of_plain
+        for refits in range(SEARCHES):  # one `choose` for all: two would not fit the cache
+            first_search = refits == 0
+            window = whole_window(bits) if first_search else window_around(pair, bits)
             other_cost, other_pair = choose(
-                weights, first, column, j, count, importance, threshold, others, bits, begin, end
-            )
-            if other_cost < cost:
+                weights, first, column, j, count, importance, threshold, others, bits, window,
+                begin, end,
+            )  # fmt: skip
+            if first_search or other_cost < cost:
                 levels, cost, pair = others, other_cost, other_pair
+            if refits < REFITS:
+                remember(
+                    weights, first, column, j, count, importance, threshold, levels, bits, pair,
+                    moments, pairs,
+                )  # fmt: skip
+                others = refitted(levels, moments, pairs, begin, end, bits)
         # Without U nothing is propagated: 0 - j would be a large unsigned number.
         known = max(np.uint32(j), min(np.uint32(stop), np.uint32(upper.shape[0])))
         reach = min(count, np.uint32(REACH), np.uint32(known - j))
@@ -119,13 +125,15 @@ def choose_function(width: int, parts: int) -> Any:
     part_of, stride = cheapest_function(parts), np.uint32(parts)
 
     @cuda.jit(device=True)
-    def choose(weights, first, column, j, count, importance, threshold, levels, bits, begin, end):
+    def choose(
+        weights, first, column, j, count, importance, threshold, levels, bits, window, begin, end
+    ):
         part_costs = cuda.shared.array((parts, width), np.float32)
         part_pairs = cuda.shared.array((parts, width), np.uint32)
         costs = cuda.shared.array(width, np.float32)
         lane, part = np.uint32(cuda.threadIdx.x), np.uint32(cuda.threadIdx.y)
         best, best_pair = part_of(
-            weights, first, column, j, count, importance, threshold, levels, bits
+            weights, first, column, j, count, importance, threshold, levels, bits, window
         )
         part_costs[part, lane] = best
         part_pairs[part, lane] = best_pair
@@ -148,28 +156,33 @@ def choose_function(width: int, parts: int) -> Any:
 def cheapest_function(parts: int) -> Any:
     """cheapest(...) -> the least cost of this row among the pairs of this part, and its pair.
 
-    Pairs part, part + parts, ... are tried four at once: one sum alone would wait for its own adds.
+    Pairs part, part + parts, ... of the window are tried four at once: one sum alone would wait for
+    its own adds.
     """
     stride = np.uint32(parts)
 
     @cuda.jit(device=True)
-    def cheapest(weights, first, column, j, count, importance, threshold, levels, bits):
+    def cheapest(weights, first, column, j, count, importance, threshold, levels, bits, window):
         part = np.uint32(cuda.threadIdx.y)
-        max_code, number = np.float32((1 << bits[0]) - 1), np.uint32(1 << (bits[1] + bits[2]))
-        best, best_pair = np.float32(np.inf), part
-        for pair in range(part, number, FOUR * stride):
-            one = np.uint32(pair)
-            two = np.uint32(one + stride)
-            three = np.uint32(two + stride)
-            four = np.uint32(three + stride)
+        max_code = np.float32((1 << bits[0]) - 1)
+        best, best_pair = np.float32(np.inf), pair_in_window(part, window, bits)
+        for first_of_four in range(part, window.size, FOUR * stride):
+            at_one = np.uint32(first_of_four)
+            at_two = np.uint32(at_one + stride)
+            at_three = np.uint32(at_two + stride)
+            at_four = np.uint32(at_three + stride)
+            one = pair_in_window(at_one, window, bits)
+            two = pair_in_window(at_two, window, bits)
+            three = pair_in_window(at_three, window, bits)
+            four = pair_in_window(at_four, window, bits)
             grid_one = grid_of_pair(one, levels, bits)
             grid_two = grid_of_pair(two, levels, bits)
             grid_three = grid_of_pair(three, levels, bits)
             grid_four = grid_of_pair(four, levels, bits)
-            cost_one = cost_at_first(one, number, grid_one)
-            cost_two = cost_at_first(two, number, grid_two)
-            cost_three = cost_at_first(three, number, grid_three)
-            cost_four = cost_at_first(four, number, grid_four)
+            cost_one = cost_at_first(at_one, window.size, grid_one)
+            cost_two = cost_at_first(at_two, window.size, grid_two)
+            cost_three = cost_at_first(at_three, window.size, grid_three)
+            cost_four = cost_at_first(at_four, window.size, grid_four)
             k = np.uint32(0)
             while k < count:  # not range, whose steps libNVVM does not see through
                 weight = weights[np.uint32(first + k), column]
@@ -189,9 +202,9 @@ def cheapest_function(parts: int) -> Any:
 
 
 @cuda.jit(device=True)
-def cost_at_first(pair, number, grid):
-    """Where the sum of a pair begins; one beyond the last pair never gets cheap."""
-    return cost_of_nothing(grid[0]) if pair < number else np.float32(np.inf)
+def cost_at_first(at, size, grid):
+    """Where the sum of a pair begins; one beyond a window's last never gets cheap."""
+    return cost_of_nothing(grid[0]) if at < size else np.float32(np.inf)
 
 
 @cuda.jit(device=True)

@@ -54,14 +54,15 @@ def test_a_value_that_no_setting_can_have() -> None:
 
 
 def test_an_ablation_adds_and_leaves_out_each_part() -> None:
-    groups = {"group_size": 8, "stats_group_size": 64}
+    groups = {"group_size": 16, "stats_group_size": 64}
+    statistics = {"scale_bits": 4, "zero_bits": 4}
     settings = ablation("balanced", {"true_sequential": True})
     full = replace(BALANCED, true_sequential=True)
     assert settings == {
         "paper": PAPER,
-        "paper, group_size 8, stats_group_size 64": replace(PAPER, **groups),
+        "paper, group_size 16, stats_group_size 64": replace(PAPER, **groups),
+        "paper, scale_bits 4, zero_bits 4": replace(PAPER, **statistics),
         "paper, fit joint": replace(PAPER, fit="joint"),
-        "paper, outlier_threshold 0.4": replace(PAPER, outlier_threshold=0.4),
         "paper, damping 0.1": replace(PAPER, damping=0.1),
         "paper, shrinkage 0.2": replace(PAPER, shrinkage=0.2),
         "paper, true_sequential on": replace(PAPER, true_sequential=True),
@@ -71,8 +72,10 @@ def test_an_ablation_adds_and_leaves_out_each_part() -> None:
         "balanced, true_sequential on, group_size 16, stats_group_size 16": replace(
             full, group_size=16, stats_group_size=16
         ),
+        "balanced, true_sequential on, scale_bits 3, zero_bits 3": replace(
+            full, scale_bits=3, zero_bits=3
+        ),
         "balanced, true_sequential on, fit min-max": replace(full, fit="min-max"),
-        "balanced, true_sequential on, outlier_threshold 0.2": replace(full, outlier_threshold=0.2),
         "balanced, true_sequential on, damping 1.0": replace(full, damping=1.0),
         "balanced, true_sequential on, shrinkage 0.0": replace(full, shrinkage=0.0),
         "balanced, true_sequential off": BALANCED,

@@ -59,7 +59,7 @@ def test_without_the_log_losses_are_unknown(run: Run, compressed: Path, tmp_path
 def test_bad_input(run: Run, dense: Path, compressed: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["scale_bits"] = 4
+    config["quantization_config"]["scale_bits"] = 2
     (copy / "config.json").write_text(json.dumps(config))
     for folder, message in [
         (tmp_path / "nowhere", "nowhere is not a model folder"),

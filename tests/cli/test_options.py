@@ -37,7 +37,14 @@ def run(line: str) -> tuple[Any, SpqrConfig | None]:
 
 
 BALANCED = PRESETS["balanced"]
-JOINT = SpqrConfig(fit="joint", damping=0.1, shrinkage=0.2, token_weights=True)
+PAPER_COMMAND_ON_BALANCED = SpqrConfig(
+    bits=4,
+    outlier_threshold=0.1,
+    fit="joint",
+    damping=0.1,
+    shrinkage=0.2,
+    token_weights=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,7 @@ JOINT = SpqrConfig(fit="joint", damping=0.1, shrinkage=0.2, token_weights=True)
         ("--preset small", PRESETS["small"]),
         ("--preset paper", SpqrConfig()),
         (f"--preset paper {PAPER_COMMAND}", SpqrConfig(bits=4, outlier_threshold=0.1)),
-        (PAPER_COMMAND, replace(JOINT, bits=4, outlier_threshold=0.1)),
+        (PAPER_COMMAND, PAPER_COMMAND_ON_BALANCED),
         ("--preset paper-4bit --bits 2", SpqrConfig(bits=2, outlier_threshold=0.1)),
         ("--groupsize -1", replace(BALANCED, group_size=None)),
         ("--group-size row", replace(BALANCED, group_size=None)),

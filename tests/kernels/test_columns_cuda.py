@@ -143,7 +143,9 @@ def simulate(name: str) -> columns.ColumnLoop:
     )
     given = np.empty((0, 0), np.float32) if upper is None else upper.numpy()
     threads = tile_rows, columns_cuda.THREADS // tile_rows
-    kernel = columns_cuda.walk_kernel(tile_rows, chosen.joint)[columns.tiles(spec), threads]
+    inside = columns_cuda.fits_inside(tile_rows, spec.group_size)
+    kernel = columns_cuda.walk_kernel(tile_rows, chosen.joint, inside)
+    kernel = kernel[columns.tiles(spec), threads]
     for start in range(0, spec.in_features, width):
         stop = min(start + width, spec.in_features)
         kernel(loop.arrays(), given, chosen, start, stop)
@@ -176,23 +178,24 @@ def test_same_bits_on_a_gpu(name: str) -> None:
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize(  # each pair of two of them once
-    ("joint_fit", "width", "capability"),
+@pytest.mark.parametrize(  # each pair of two of them once, and the default's
+    ("joint_fit", "inside", "width", "capability"),
     [
-        (False, 32, OLD),
-        (False, 64, NEW),
-        (False, 128, OLD),
-        (True, 32, NEW),
-        (True, 64, OLD),
-        (True, 128, NEW),
+        (False, True, 32, OLD),
+        (False, True, 64, NEW),
+        (False, False, 128, OLD),
+        (True, True, 32, NEW),
+        (True, False, 64, OLD),
+        (True, True, 64, NEW),
+        (True, True, 128, NEW),
     ],
     ids=str,
 )
-def test_ptx(joint_fit: bool, width: int, capability: tuple[int, int]) -> None:
+def test_ptx(joint_fit: bool, inside: bool, width: int, capability: tuple[int, int]) -> None:
     """No float64, nothing in local memory, and no product fused that must be rounded."""
     from spqr_numba.kernels.columns_cuda import walk_kernel
 
-    kernel = walk_kernel.__wrapped__(width, joint_fit)
+    kernel = walk_kernel.__wrapped__(width, joint_fit, inside)
     ptx = ptx_of(kernel, signature(), capability)
     assert set(re.findall(r"fma\S*", ptx)) <= {"fma.rn.f32"}
     if not joint_fit:

@@ -80,7 +80,7 @@ def test_fit(name: str, columns: int, threshold: float) -> None:
     assert cost_of(weights, diagonal, threshold, scale, zero) <= limit * 1.0001 + 1e-30
 
 
-@pytest.mark.parametrize("bits", [BITS, (2, 2, 4), (4, 4, 2)], ids=str)
+@pytest.mark.parametrize("bits", [BITS, (2, 2, 4), (4, 4, 2), (3, 4, 4)], ids=str)
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("rows", [1, 8, ROWS])
 def test_agrees_with_the_oracle(rows: int, threshold: float, bits: tuple[int, int, int]) -> None:
@@ -101,14 +101,26 @@ def test_agrees_with_the_oracle(rows: int, threshold: float, bits: tuple[int, in
     assert np.array_equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("around", [None, (0, 0), (3, 5), (7, 7)], ids=str)
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_the_choice(threshold: float) -> None:
+def test_the_choice(threshold: float, around: tuple[int, int] | None) -> None:
+    """Of all pairs, or of the 16 from one code below a pair to two above, moved in at the ends."""
     weights = awkward_groups(COLUMNS, ROWS)["spiked"]
     importance = 1 / diagonal_of(COLUMNS) ** 2
     levels = Levels(*np.float32([0.005, -0.01, 0.5, -1]))  # scale codes 0 and 1 are negative
-    grids, pairs = grids_of(levels, BITS), np.empty(ROWS, np.int64)
-    total = choose(weights, importance, np.float32(threshold), np.float32(7), grids, pairs)
-    expected, costs = choose_reference(weights, importance, threshold, 7, grids)
+    grids = grids_of(levels, BITS)
+    allowed = np.ones((8, 8), bool)
+    pairs = np.full(ROWS, 63, np.uint32)
+    if around is not None:
+        allowed[:] = False
+        scale, zero = ({0: 0, 3: 2, 5: 4, 7: 4}[code] for code in around)
+        allowed[scale : scale + 4, zero : zero + 4] = True
+        pairs[:] = 8 * around[0] + around[1]
+    limit, max_code = np.float32(threshold), np.float32(7)
+    everywhere = around is None
+    total = choose(weights, importance, limit, max_code, grids, BITS, everywhere, pairs)
+    others = np.where(allowed.ravel(), grids, np.float32([[-1], [0], [0]]))
+    expected, costs = choose_reference(weights, importance, threshold, 7, others)
     assert np.array_equal(pairs, expected)
     assert (grids[0, pairs] >= 0).all()
     assert total == pytest.approx(costs.sum(), rel=1e-5)

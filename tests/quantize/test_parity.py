@@ -19,11 +19,13 @@ from .parity import CASES, compare, solve
 
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_oracle(name: str, device: torch.device) -> None:
+    """A choice close to a tie may fall otherwise in fp32, and with it a whole stats block."""
     agreement = compare(name, device.type)
     assert all(agreement.orders)
     assert median(agreement.codes) >= 0.999
     assert median(agreement.outliers) >= 0.999
-    assert abs(agreement.worst_loss) <= 0.001
+    assert abs(median(agreement.losses)) <= 0.0002
+    assert abs(agreement.worst_loss) <= 0.002
 
 
 @pytest.mark.parametrize("name", CASES)
