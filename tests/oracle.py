@@ -11,7 +11,6 @@ stand for", bit by bit from the diagram in spqr_numba/format/layout.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np

@@ -84,8 +84,7 @@ def walk_kernel(width: int, joint: bool, inside: bool) -> Any:
     upper is all of U, or empty where nothing is propagated. Each variant holds the fit once: with
     another inlined beside it, the code outgrows the instruction cache.
     """
-    find_group = group_in_tile if inside else group_in_weight
-    fit = joint_fit_function(width, find_group) if joint else fit_function(width, find_group)
+    fit = (joint_fit_function if joint else fit_function)(width, group_function(inside))
     propagate, block_columns = propagate_function(width), columns_in_shared_memory(width)
     tile_rows, parts = np.uint32(width), np.uint32(THREADS // width)
 
@@ -152,16 +151,18 @@ def propagate_function(width: int) -> Any:
     return propagate
 
 
-@cuda.jit(device=True)
-def group_in_tile(loop, tile, at, row, j):
-    """Where the weights of a group are, array[first + k, lane]: it lies within a block."""
-    return tile, at, np.uint32(cuda.threadIdx.x)
+def group_function(inside: bool) -> Any:
+    """find_group(...) -> array, first, lane: the weights of a group are array[first + k, lane]."""
 
+    @cuda.jit(device=True)
+    def in_tile(loop, tile, at, row, j):
+        return tile, at, np.uint32(cuda.threadIdx.x)
 
-@cuda.jit(device=True)
-def group_in_weight(loop, tile, at, row, j):
-    """The same of a group that begins with its block, where all is still as it was."""
-    return loop.weight, j, row
+    @cuda.jit(device=True)
+    def in_weight(loop, tile, at, row, j):  # which is as the block found it, where the group began
+        return loop.weight, j, row
+
+    return in_tile if inside else in_weight
 
 
 def fit_function(width: int, find_group: Any) -> Any:

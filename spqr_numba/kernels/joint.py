@@ -30,7 +30,8 @@ inputs correlate strongly it can be several times the rest.
 The cost is that of statistics as they are stored, and a refit that does not lower it is dropped, so
 that one that degenerates does no harm. Sums are fp32, over columns, then over rows, each in order.
 A refit moves statistics little, so that a search of all pairs behind it finds next to nothing more.
-Lanes of a CPU are pairs of codes. Source of the two levels: section 4.2 of arXiv 2306.03078; the paper fits by min-max.
+Lanes of a CPU are pairs of codes. Source of the two levels: section 4.2 of arXiv 2306.03078; the
+paper fits by min-max.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def fit_jointly(weights, importance, upper, threshold, scale, zero, scale_codes,
     cost = choose(weights, importance, threshold, max_code, grids, bits, True, pairs)
     for _ in range(REFITS):
         moments = moments_of(weights, importance, threshold, max_code, grids, pairs)
-        others = refitted(levels, moments, pairs, 0, scale.size, bits)
+        others = refitted(levels, moments, pairs, np.uint32(0), np.uint32(scale.size), bits)
         other_grids = grids_of(others, bits)
         other_pairs[:] = pairs
         other_cost = choose(
@@ -313,12 +314,15 @@ def refitted(levels, moments, pairs, first, last, bits):
     Another scale, by d, makes e - d x of an error e; another zero makes e + scale d of it.
     """
     sums = Sums(*NO_SUMS)
-    for row in range(first, last):
+    row = first
+    while row < last:
         code = np.float32(codes_of_pair(pairs[row], bits)[0])
         sums = with_row(sums, code, moments[2, row], moments[4, row])
+        row = np.uint32(row + 1)
     step, base = moved(levels.scale_step, levels.scale_base, sums)
     sums = Sums(*NO_SUMS)
-    for row in range(first, last):
+    row = first
+    while row < last:
         scale_code, zero_code = codes_of_pair(pairs[row], bits)
         code = np.float32(scale_code)
         scale = decoded_statistic(code, step, base)
@@ -326,6 +330,7 @@ def refitted(levels, moments, pairs, first, last, bits):
         error = moments[3, row] - product(change, moments[1, row])
         square = product(product(scale, scale), moments[0, row])
         sums = with_row(sums, np.float32(zero_code), square, -product(scale, error))
+        row = np.uint32(row + 1)
     return Levels(step, base, *moved(levels.zero_step, levels.zero_base, sums))
 
 

@@ -114,10 +114,22 @@ def joint_function(width: int, parts: int) -> Any:
 def bounds(statistics, begin, end):
     """Least and greatest of statistics[begin ... end - 1]."""
     low = high = statistics[begin]
-    for row in range(np.uint32(begin + 1), end):
+    row = np.uint32(begin + 1)
+    while row < end:
         low = min(low, statistics[row])
         high = max(high, statistics[row])
+        row = np.uint32(row + 1)
     return low, high
+
+
+@cuda.jit(device=True)
+def sum_of(numbers, begin, end):
+    """numbers[begin] + ... + numbers[end - 1], in order."""
+    total, row = np.float32(0), begin
+    while row < end:
+        total += numbers[row]
+        row = np.uint32(row + 1)
+    return total
 
 
 def choose_function(width: int, parts: int) -> Any:
@@ -145,10 +157,7 @@ def choose_function(width: int, parts: int) -> Any:
                 best, best_pair = cost, pair
         costs[lane] = best
         cuda.syncthreads()
-        total = np.float32(0)
-        for row in range(begin, end):
-            total += costs[row]
-        return total, best_pair
+        return sum_of(costs, begin, end), best_pair
 
     return choose
 
@@ -264,10 +273,8 @@ def check_function(width: int) -> Any:
                 loop, weights, upper, first, column, j, count, reach, threshold, plain, max_code
             )
         cuda.syncthreads()
-        cost = cost_of_plain = np.float32(0)
-        for row in range(begin, end):
-            cost += walked[np.uint32(0), row]
-            cost_of_plain += walked[np.uint32(1), row]
+        cost = sum_of(walked[np.uint32(0)], begin, end)
+        cost_of_plain = sum_of(walked[np.uint32(1)], begin, end)
         cuda.syncthreads()
         return cost_of_plain < cost
 
@@ -289,8 +296,10 @@ def walked_cost(
         at = np.uint32(j + k)
         weight = weights[np.uint32(first + k), column]
         if k < reach:
-            for before in range(j, at):
+            before = np.uint32(j)
+            while before < at:
                 weight -= product(loop.errors[before, row], upper[before, at])
+                before = np.uint32(before + 1)
         term, error, _ = error_term(weight, scale, inverse, zero, loop.importance[at], max_code)
         cost += min(term, threshold)
         if k < reach:

@@ -77,7 +77,9 @@ def test_results_on_stdout_progress_on_stderr(
 
 def test_tuning_is_said_and_shown(run: Run, dense: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    line = f"compress {dense} {out} --dataset {text} --nsamples 8 --seqlen 32 --preset paper --tune 2"
+    line = (
+        f"compress {dense} {out} --dataset {text} --nsamples 8 --seqlen 32 --preset paper --tune 2"
+    )
     result = run(line)
     assert result.exit_code == 0, result.output
     assert re.search(r"tuning +2 of 2 blocks, \d\d\.\d% of their output error left", result.stdout)

@@ -39,10 +39,10 @@ CASES: dict[str, tuple[tuple[int, int], int, float, float, dict[str, Any]]] = {
             "group_size": None, "stats_group_size": 8,
         },
     ),
-    "joint, 4/4, 8/64": (
-        (70, 24), 16, THRESHOLD, THRESHOLD, {
+    "joint, 4/4, 8/32": (
+        (35, 16), 8, THRESHOLD, THRESHOLD, {
             "fit": "joint", "scale_bits": 4, "zero_bits": 4, "group_size": 8,
-            "stats_group_size": 64,
+            "stats_group_size": 32,
         },
     ),
     "joint, rtn": ((20, 24), 16, INF, INF, {"fit": "joint", **NO_HESSIAN}),
