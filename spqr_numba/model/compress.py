@@ -390,7 +390,7 @@ class Compression:
                 )
             squares = {name: each.to(torch.bfloat16) for name, each in squares.items()}
             self.writer.write_tensors(TOKENS, squares)
-        return TokenWeights(self.writer.read_tensors(TOKENS))
+        return TokenWeights(self.writer.read_tensors(TOKENS), self.device)
 
     def _start_ration(self, progress: Progress) -> Ration | None:
         """What the unfinished layers share; None where there is no target."""

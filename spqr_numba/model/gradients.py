@@ -234,6 +234,7 @@ class _Squares:
 
     def __init__(self, linears: Collection[str], shape: torch.Size) -> None:
         self._found = {linear: torch.zeros(shape) for linear in linears}
+        self._here: dict[str, torch.Tensor] = {}  # of the block that runs, where it is
         self.batch = slice(0)
 
     @contextmanager
@@ -245,6 +246,8 @@ class _Squares:
                 if linear in self._found:
                     hooks.enter_context(module.register_forward_hook(self._hook(linear)))
             yield
+        self._found |= {linear: squares.cpu() for linear, squares in self._here.items()}
+        self._here.clear()
 
     def scaled(self, scale: float) -> dict[str, torch.Tensor]:
         """Linear -> squares, of the loss itself where `scale` of it was looked at."""
@@ -252,8 +255,10 @@ class _Squares:
 
     def _hook(self, linear: str) -> Callable:
         def add(gradient: torch.Tensor) -> None:
-            squares = gradient.float().square().sum(-1).cpu()
-            found = self._found[linear][self.batch]
+            squares = gradient.float().square().sum(-1)
+            if linear not in self._here:
+                self._here[linear] = torch.zeros_like(self._found[linear], device=squares.device)
+            found = self._here[linear][self.batch]
             found += squares if squares.shape == found.shape else squares.sum() / found.numel()
 
         def hook(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -270,10 +275,13 @@ class TokenWeights:
     more than keys and queries that the sum would be the values' weights.
 
     squares   what `token_sensitivities` found
+    device    where weights are made and kept, of some inputs at a time
     """
 
-    def __init__(self, squares: Mapping[str, torch.Tensor]) -> None:
-        self.squares = squares
+    def __init__(
+        self, squares: Mapping[str, torch.Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self.squares, self._device = squares, device
         self._all = lru_cache(maxsize=BLOCK_INPUTS)(self._of_all)
 
     def of(self, linears: Iterable[str], windows: slice) -> torch.Tensor:
@@ -281,6 +289,6 @@ class TokenWeights:
         return self._all(tuple(linears))[windows]
 
     def _of_all(self, linears: tuple[str, ...]) -> torch.Tensor:
-        felt = [self.squares[name].float() for name in linears]
+        felt = [self.squares[name].to(self._device, torch.float32) for name in linears]
         shares = [one / mean if (mean := one.mean()) > 0 else torch.ones_like(one) for one in felt]
         return torch.stack(shares).mean(0).clamp(min=LEAST_WEIGHT)

@@ -183,12 +183,14 @@ def test_a_block_without_gradient_is_named(folder_of: Callable[[str], Path]) -> 
         sensitivities(parts, list(plan(parts.blocks, SpqrConfig())), WINDOWS, lambda _: None)
 
 
-def test_weights_are_one_on_average() -> None:
+def test_weights_are_one_on_average(device: torch.device) -> None:
     squares = {
         "a": torch.tensor([[10.0, 20.0], [10.0, 0.0]]),
         "b": torch.tensor([[1.0, 0, 1, 0]]).view(2, 2),
     }
-    weights = TokenWeights(squares)
-    assert torch.equal(weights.of(["a", "b"], slice(2)), torch.tensor([[1.5, 1], [1.5, 1e-4]]))
-    assert torch.equal(weights.of(["b"], slice(1, 2)), torch.tensor([[2.0, 1e-4]]))
-    assert torch.equal(TokenWeights({"a": torch.zeros(2, 3)}).of(["a"], slice(2)), torch.ones(2, 3))
+    weights = TokenWeights(squares, device)
+    both = torch.tensor([[1.5, 1], [1.5, 1e-4]], device=device)
+    assert torch.equal(weights.of(["a", "b"], slice(2)), both)
+    assert torch.equal(weights.of(["b"], slice(1, 2)), both.new_tensor([[2.0, 1e-4]]))
+    unfelt = TokenWeights({"a": torch.zeros(2, 3)}, device)
+    assert torch.equal(unfelt.of(["a"], slice(2)), both.new_ones(2, 3))
