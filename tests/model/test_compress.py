@@ -382,9 +382,9 @@ def test_token_weights_are_those_of_the_windows_that_run(
         seen.append((x.clone(), each))
         add(hessian, x, dense, each)
 
-    def noted(found: TokenWeights, squares: Any) -> None:
+    def noted(found: TokenWeights, squares: Any, device: Any) -> None:
         weights.append(found)
-        make(found, squares)
+        make(found, squares, device)
 
     monkeypatch.setattr(Hessian, "add", watched)
     monkeypatch.setattr(TokenWeights, "__init__", noted)
