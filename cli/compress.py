@@ -69,14 +69,14 @@ __all__ = ["compress"]
     "--target-bits",
     type=float,
     help="Bits a weight that all compressed weights are to come to: each layer gets the bits, the"
-    " group size and the outlier threshold with which they do most.  [default: "
-    f"{DEFAULT_BITS}, unless --preset, --bits, --group-size or --outlier-threshold says what all"
-    " layers get]",
+    " group size, the bits of scales and zeros and the outlier threshold with which they do most. "
+    f" [default: {DEFAULT_BITS}, unless --preset or a flag of one of these says what all layers"
+    " get]",
 )
 @click.option(
     "--per-layer/--no-per-layer",
     default=True,
-    help="With --target-bits: choose bits and group size of each layer, or its outlier threshold"
+    help="With --target-bits: choose all of that for each layer, or its outlier threshold"
     " alone.  [default: per layer]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -153,20 +153,22 @@ def _model_tuning(row: TunedRow) -> str:
 
 
 def _choices(layers: list[LayerRow]) -> list[dict[str, Cell]]:
-    """What layers were given: a line for each bits and group size, with their thresholds."""
-    chosen: dict[tuple[int, float], list[LayerRow]] = {}
+    """What layers were given: a line for each setting of codes, with their thresholds."""
+    chosen: dict[tuple[int, float, int, int], list[LayerRow]] = {}
     for row in layers:
-        chosen.setdefault((row.code_bits, row.group_size or math.inf), []).append(row)
+        size = row.group_size or math.inf
+        chosen.setdefault((row.code_bits, size, row.scale_bits, row.zero_bits), []).append(row)
     weights = sum(row.weights for row in layers)
     return [
         {
             "bits": bits,
             "group": "row" if group == math.inf else group,
+            "scale, zero": f"{scale}, {zero}",
             "layers": len(rows),
             "weights %": 100 * sum(row.weights for row in rows) / weights,
             "outlier thresholds": _range([row.outlier_threshold for row in rows]),
         }
-        for (bits, group), rows in sorted(chosen.items(), key=lambda item: item[0])
+        for (bits, group, scale, zero), rows in sorted(chosen.items(), key=lambda item: item[0])
     ]
 
 

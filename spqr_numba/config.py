@@ -296,5 +296,5 @@ DEFAULT_BITS = 3.9
 """What is done where nobody says otherwise: so many bits a weight, for which bits, group size and
 outlier threshold are chosen layer by layer, and all else as the preset has it."""
 
-CHOSEN_FIELDS = ("bits", "group_size", "outlier_threshold")
+CHOSEN_FIELDS = ("bits", "group_size", "scale_bits", "zero_bits", "outlier_threshold")
 """What a number of bits a weight leaves to be chosen layer by layer."""

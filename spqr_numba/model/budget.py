@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,25 +53,28 @@ Floats = NDArray[np.float64]
 class Option:
     """One way to compress one layer.
 
-    bits, group_size, outlier_threshold   the fields of SpqrConfig
-    nbytes                                of the compressed weight, as it would be
-    loss                                  what it does to the model, in one unit for all layers
+    bits ... outlier_threshold   the fields of SpqrConfig, of CHOSEN_FIELDS
+    nbytes                       of the compressed weight, as it would be
+    loss                         what it does to the model, in one unit for all layers
     """
 
     bits: int
     group_size: int | None
+    scale_bits: int
+    zero_bits: int
     outlier_threshold: float | None
     nbytes: float
     loss: float
 
+    @classmethod
+    def of(cls, config: SpqrConfig, nbytes: float, loss: float) -> Self:
+        """What `config` has in these fields, and what comes of it."""
+        chosen = {name: getattr(config, name) for name in CHOSEN_FIELDS}
+        return cls(nbytes=nbytes, loss=loss, **chosen)
+
     def settings(self, config: SpqrConfig) -> SpqrConfig:
         """`config` with what this option chose."""
-        return replace(
-            config,
-            bits=self.bits,
-            group_size=self.group_size,
-            outlier_threshold=self.outlier_threshold,
-        )
+        return replace(config, **{name: getattr(self, name) for name in CHOSEN_FIELDS})
 
 
 Layers = tuple[str, ...]
@@ -135,7 +139,7 @@ def reach(curves: Curves) -> tuple[float, float]:
 def between(tried: Sequence[Option], floor: float, steps: int) -> list[Option]:
     """The options at thresholds between those that were tried, `steps` from one to the next.
 
-    tried   options of one bits and group_size, thresholds falling, at least two of them
+    tried   options that differ in their thresholds alone, these falling, at least two of them
     floor   bytes with outliers kept, and none found
 
     The logarithms of the bytes of outliers and of the loss are cubic in that of the threshold
@@ -174,7 +178,8 @@ class Target:
     """What a compression aims at.
 
     bits        a weight, over all compressed linears, from the bytes on disk
-    per_layer   choose bits and group_size of each layer too, not its outlier_threshold alone
+    per_layer   choose bits, group_size and the bits of scales and zeros of each layer too, not its
+                outlier_threshold alone
     """
 
     bits: float
@@ -270,12 +275,13 @@ def read_curves(text: str) -> Curves:
     """The curves of a curves.csv, as `curves_to_csv` wrote it."""
     curves: dict[Layers, list[Option]] = {}
     for line in csv.DictReader(io.StringIO(text)):
+        size, threshold = line["group_size"], line["outlier_threshold"]
         option = Option(
             bits=int(line["bits"]),
-            group_size=int(line["group_size"]) if line["group_size"] else None,
-            outlier_threshold=float(threshold)
-            if (threshold := line["outlier_threshold"])
-            else None,
+            group_size=int(size) if size else None,
+            scale_bits=int(line["scale_bits"]),
+            zero_bits=int(line["zero_bits"]),
+            outlier_threshold=float(threshold) if threshold else None,
             nbytes=float(line["nbytes"]),
             loss=float(line["loss"]),
         )

@@ -124,9 +124,9 @@ def compress(
     tune_codes   with tune_model, train codes too
     overwrite    replace `out` if it exists
     batch_size   windows run at once; None makes batches of about 4096 tokens
-    target_bits  choose bits, group_size and outlier_threshold of the linears of each input so that
-                 the whole comes to so many bits a weight, spent where the model's loss falls most
-                 for each (budget.py, survey.py)
+    target_bits  choose bits, group_size, the bits of scales and zeros and outlier_threshold of the
+                 linears of each input so that the whole comes to so many bits a weight, spent where
+                 the model's loss falls most for each (budget.py, survey.py)
     per_layer    False: choose thresholds alone
     curves       with target_bits, what a compression that differed in these bits alone found the
                  options of each layer to be worth; spares the walk over the dense model
@@ -561,6 +561,8 @@ class Compression:
             columns=matrix.spec.in_features,
             code_bits=config.bits,
             group_size=config.group_size,
+            scale_bits=config.scale_bits,
+            zero_bits=config.zero_bits,
             outlier_threshold=config.outlier_threshold,
             loss=report.loss,
             relative_loss=report.relative_loss,

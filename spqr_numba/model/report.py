@@ -55,7 +55,7 @@ class LayerRow:
 
     layer           full module name
     rows, columns   out_features, in_features
-    code_bits, group_size, outlier_threshold   its settings
+    code_bits ... outlier_threshold   its settings
     loss            tr((W - W_hat) H (W - W_hat)^T); without H, the squared error
     relative_loss   loss over tr(W H W^T)
     outlier_share   outliers a weight
@@ -74,6 +74,8 @@ class LayerRow:
     columns: int
     code_bits: int
     group_size: int | None
+    scale_bits: int
+    zero_bits: int
     outlier_threshold: float | None
     loss: float
     relative_loss: float
@@ -98,6 +100,8 @@ class LayerRow:
             config,
             bits=self.code_bits,
             group_size=self.group_size,
+            scale_bits=self.scale_bits,
+            zero_bits=self.zero_bits,
             outlier_threshold=self.outlier_threshold,
         )
 

@@ -43,7 +43,10 @@ GRADIENT_TOKENS = 4096
 SAMPLED_ROWS = 128
 # Bits and group sizes beside a layer's own. Groups of 8 with 2 or 3 bits are not among them: they
 # lose more than a mixture of larger ones, with those and with one bit more, does in as many bytes.
-CANDIDATES = ((2, 32), (2, 16), (3, 32), (3, 16), (4, 32), (4, 16), (4, 8))
+CANDIDATES = (  # bits, group_size, bits of scales and of zeros; others are never worth theirs
+    (2, 32, 3), (2, 16, 3), (3, 32, 3), (3, 32, 4), (3, 16, 3), (3, 16, 4), (4, 32, 4), (4, 16, 4),
+    (4, 8, 4),
+)  # fmt: skip
 FINE_THRESHOLDS: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1, 0.05)
 THRESHOLDS: tuple[float, ...] = (0.4, 0.2, 0.1)  # beside a choice of bits and groups
 STEPS = 8  # options between two thresholds that were tried
@@ -64,7 +67,8 @@ def survey(
 
     windows     int64 [N, L] tokens on the device of the parts; the first 32 are used
     batch_size  windows run at once
-    per_layer   options differ in bits and group_size too, not in the threshold alone
+    per_layer   options differ in bits, group_size and the bits of scales and zeros too, not in the
+                threshold alone
     clock       for the seconds spent on Hessians
     note        is told what is being done
     weights     of the tokens of all windows, where they do not count alike
@@ -103,7 +107,7 @@ def survey(
 def _only(config: SpqrConfig, linear: nn.Linear) -> Option:
     """The one option of a linear that is rounded to nearest."""
     nbytes = _nbytes(config, linear.out_features, linear.in_features, None)
-    return Option(config.bits, config.group_size, None, nbytes, loss=0.0)
+    return Option.of(replace(config, outlier_threshold=None), nbytes, loss=0.0)
 
 
 def _few(windows: torch.Tensor) -> int:
@@ -130,10 +134,13 @@ def check_target(
 
 
 def candidates(config: SpqrConfig, per_layer: bool) -> list[SpqrConfig]:
-    """The bits and group sizes that a layer can have; its own are the first."""
+    """The bits, group sizes and bits of statistics that a layer can have; its own are the first."""
     if not per_layer:
         return [config]
-    others = (replace(config, bits=bits, group_size=size) for bits, size in CANDIDATES)
+    others = (
+        replace(config, bits=bits, group_size=size, scale_bits=statistic, zero_bits=statistic)
+        for bits, size, statistic in CANDIDATES
+    )
     return [config, *(other for other in others if other != config)]
 
 
@@ -247,7 +254,7 @@ class Sample:
             kept = None if threshold is None else round(share * member.rows * len(columns))
             nbytes += self._nbytes(config, member, kept)
             loss += member.worth * error
-        return Option(config.bits, config.group_size, threshold, nbytes, loss)
+        return Option.of(config, nbytes, loss)
 
     def _nbytes(self, config: SpqrConfig, member: Member, outliers: int | None) -> int:
         return _nbytes(config, member.rows, self.weight.shape[1], outliers)

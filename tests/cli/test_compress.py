@@ -149,16 +149,18 @@ def test_a_target_is_shown_beside_what_was_chosen(
 
 
 def test_choices_stand_in_the_order_of_their_numbers() -> None:
-    groups = [(3, 32), (3, None), (2, 16), (3, 8)]
+    groups = [(3, 32, 4), (3, None, 3), (3, 32, 3), (2, 16, 3), (3, 8, 3)]
     layers = [
         LayerRow(
-            f"layer {i}", 4, 8, bits, group, 0.2, 0.1, 1e-9, 0.01, 0.1, 1.0, 2.5, 0.5, 3.0, 3.5,
-            False, 0.25,
+            f"layer {i}", 4, 8, bits, group, 3, zero_bits, 0.2, 0.1, 1e-9, 0.01, 0.1, 1.0, 2.5,
+            0.5, 3.0, 3.5, False, 0.25,
         )
-        for i, (bits, group) in enumerate(groups)
+        for i, (bits, group, zero_bits) in enumerate(groups)
     ]  # fmt: skip
-    lines = [(line["bits"], line["group"]) for line in _choices(layers)]
-    assert lines == [(2, 16), (3, 8), (3, 32), (3, "row")]
+    lines = [(line["bits"], line["group"], line["scale, zero"]) for line in _choices(layers)]
+    assert lines == [
+        (2, 16, "3, 3"), (3, 8, "3, 3"), (3, 32, "3, 3"), (3, 32, "3, 4"), (3, "row", "3, 3")
+    ]  # fmt: skip
 
 
 def no_folder(model: Path) -> None:

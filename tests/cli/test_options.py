@@ -171,6 +171,7 @@ def test_settings_out_of_range_or_at_odds(line: str, message: str) -> None:
         ("--preset balanced", None),
         ("--bits 3", None),
         ("--group-size row", None),
+        ("--scale-bits 3", None),
         ("--outlier-threshold 0.2", None),
         ("--override q_proj:bits=4", None),
         ("--nearest", None),

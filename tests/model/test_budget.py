@@ -32,7 +32,7 @@ FLAT, STEEP = ("flat",), ("steep", "as steep")
 
 def curve(*points: tuple[float, float]) -> list[Option]:
     """Options of so many bytes and so much loss."""
-    return [Option(3, 16, 0.2, nbytes, loss) for nbytes, loss in points]
+    return [Option(3, 16, 3, 3, 0.2, nbytes, loss) for nbytes, loss in points]
 
 
 def total(chosen: dict[Layers, Option]) -> tuple[float, float]:
@@ -131,7 +131,9 @@ def test_never_worse_than_one_threshold_for_all(
 
 def test_between_thresholds_lie_powers() -> None:
     """Bytes and losses that are powers of the threshold are met exactly."""
-    tried = [Option(3, 16, t, 1000 + 500 * t**-1.5 - 1, 3 * t**0.7) for t in (0.8, 0.4, 0.2, 0.05)]
+    tried = [
+        Option(3, 16, 3, 3, t, 1000 + 500 * t**-1.5 - 1, 3 * t**0.7) for t in (0.8, 0.4, 0.2, 0.05)
+    ]
     options = between(tried, 1000, 4)
     assert len(options) == 13
     assert [option.outlier_threshold for option in options[::4]] == [0.8, 0.4, 0.2, 0.05]
@@ -143,13 +145,13 @@ def test_between_thresholds_lie_powers() -> None:
 
 
 def test_between_thresholds_that_find_nothing() -> None:
-    tried = [Option(3, 16, t, 1000, 0.0) for t in (0.4, 0.2)]
+    tried = [Option(3, 16, 3, 3, t, 1000, 0.0) for t in (0.4, 0.2)]
     assert all(o.nbytes == 1000 and o.loss < 1e-300 for o in between(tried, 1000, 8))
 
 
 def steep(scale: float) -> list[Option]:
     return [
-        Option(3, 16, 1 / k, 100 + 4 * k, scale / k) for k in range(1, 40)
+        Option(3, 16, 3, 3, 1 / k, 100 + 4 * k, scale / k) for k in range(1, 40)
     ]  # fmt: skip
 
 
@@ -191,14 +193,19 @@ def test_what_was_spent_before_is_not_there() -> None:
 
 def test_an_option_changes_nothing_else() -> None:
     config = SpqrConfig(damping=0.1, stats_group_size=64)
-    chosen = Option(4, None, None, 1, 1).settings(config)
-    assert chosen == replace(config, bits=4, group_size=None, outlier_threshold=None)
+    chosen = Option(4, None, 2, 4, None, 1, 1).settings(config)
+    assert chosen == replace(
+        config, bits=4, group_size=None, scale_bits=2, zero_bits=4, outlier_threshold=None
+    )
 
 
 def test_curves_survive_the_csv_exactly() -> None:
     curves = {
-        ("a.b", "a.c"): [Option(3, None, None, 1e9, 1 / 3), Option(2, 8, 0.1 + 0.2, 7, 1e-300)],
-        ("c",): [Option(3, 16, 0.1, 8, 1)],
+        ("a.b", "a.c"): [
+            Option(3, None, 3, 3, None, 1e9, 1 / 3),
+            Option(2, 8, 3, 3, 0.1 + 0.2, 7, 1e-300),
+        ],
+        ("c",): [Option(3, 16, 3, 3, 0.1, 8, 1)],
     }
     assert read_curves(curves_to_csv(curves)) == curves
     assert read_curves("") == {}

@@ -23,7 +23,7 @@ from spqr_numba.model.report import (
 
 def row(layer: str = "a.b", rows: int = 4, bits: float = 3.0, rounded: bool = False) -> LayerRow:
     return LayerRow(
-        layer, rows, 8, 3, 16, 0.2, 0.1, 1e-9, 1 / 3, float("inf"), 1.0, 2.5, 0.5, bits, 3.5,
+        layer, rows, 8, 3, 16, 3, 4, 0.2, 0.1, 1e-9, 1 / 3, float("inf"), 1.0, 2.5, 0.5, bits, 3.5,
         rounded, 0.25,
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_rows_survive_the_csv_exactly() -> None:
 def test_a_row_knows_what_it_was_given() -> None:
     chosen = replace(row(bits=3.5), code_bits=4, group_size=8, outlier_threshold=None)
     config = SpqrConfig(damping=0.1)
-    expected = replace(config, bits=4, group_size=8, outlier_threshold=None)
+    expected = replace(config, bits=4, group_size=8, zero_bits=4, outlier_threshold=None)
     assert chosen.settings(config) == expected
     assert chosen.nbytes == 14
 

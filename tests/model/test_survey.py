@@ -15,6 +15,7 @@ from spqr_numba.model.blocks import plan
 from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.report import Clock
 from spqr_numba.model.survey import (
+    CANDIDATES,
     Sample,
     Told,
     _alike,
@@ -91,17 +92,17 @@ def test_the_samples_threshold_is_that_of_the_whole() -> None:
 def test_candidates() -> None:
     assert candidates(CONFIG, per_layer=False) == [CONFIG]
     found = candidates(replace(CONFIG, bits=5, group_size=64), per_layer=True)
-    assert [(c.bits, c.group_size) for c in found] == [
-        (5, 64), (2, 32), (2, 16), (3, 32), (3, 16), (4, 32), (4, 16), (4, 8)
+    assert [(c.bits, c.group_size, c.scale_bits, c.zero_bits) for c in found] == [
+        (5, 64, 3, 3), *((bits, size, both, both) for bits, size, both in CANDIDATES)
     ]  # fmt: skip
-    assert len(candidates(CONFIG, per_layer=True)) == 7
+    assert len(candidates(CONFIG, per_layer=True)) == len(CANDIDATES)
 
 
 def test_options_without_outliers() -> None:
     sample, _ = sample_of(16)
     config = replace(CONFIG, outlier_threshold=None)
     options = sample.options(config, per_layer=True)
-    assert len(options) == 7
+    assert len(options) == len(CANDIDATES)
     assert all(option.outlier_threshold is None for option in options)
 
 
