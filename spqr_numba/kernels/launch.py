@@ -1,18 +1,16 @@
 """Where torch meets Numba: views of tensors, streams, and kernels compiled once a machine.
 
 Numba keys its cache on the file of the function it compiles and not on what that function calls;
-a cache that outlives a change elsewhere in the house would run old arithmetic. So the folder of the
-cache is named after a digest of every source that kernels are made of.
+a cache that outlives a change elsewhere in the house would run old arithmetic. So it is kept in the
+folder of cache.py, which is named after a digest of every source that kernels are made of.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from numba import njit
 
 from ..errors import InputError
+from .cache import cubin_of, kernel_cache
 
 __all__ = [
     "Launcher",
@@ -32,9 +31,6 @@ __all__ = [
     "shared_memory",
     "stream_of",
 ]
-
-PACKAGE = Path(__file__).parent.parent
-
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
     """`njit(**options)` with a cache on disk, for functions that close over nothing compiled."""
@@ -56,26 +52,6 @@ def cache_folder() -> Iterator[Path | None]:
         yield folder
     finally:
         numba.config.CACHE_DIR = before
-
-
-@cache
-def kernel_cache() -> Path | None:
-    """~/.cache/spqr_numba/<digest of the sources>, made if need be."""
-    root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root or Path.home() / ".cache") / "spqr_numba" / source_digest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def source_digest() -> str:
-    """A digest of all sources that compiled code can depend on."""
-    digest = hashlib.sha256()
-    for source in sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("format/*.py")]):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @cache
@@ -165,7 +141,7 @@ class Launcher:
 
     def __init__(
         self,
-        kernel: Any,
+        make: partial,
         signature: tuple[Any, ...],
         device: torch.device,
         *,
@@ -174,14 +150,18 @@ class Launcher:
         early: bool,
         ranks: int = 1,
     ) -> None:
-        """signature: Numba's, of int32, int64, float32 and named tuples of them."""
+        """The kernel that make() returns, compiled if it is not kept (`cache.cubin_of`).
+
+        signature: Numba's, of int32, int64, float32 and named tuples of them.
+        """
         from cuda.bindings import driver
 
         self._driver, self._types = driver, argument_types(signature)
         with torch.cuda.device(device):
-            compiled = kernel.compile(signature)
-            loaded = driver.CUkernel(int(compiled._codelibrary.get_cufunc().kernel.handle))
-            self._function = _result(driver.cuKernelGetFunction(loaded))
+            cubin = cubin_of(make, signature, torch.cuda.get_device_capability(device))
+            library = driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0)
+            loaded = driver.cuLibraryGetKernel(_result(library), cubin.name.encode())
+            self._function = _result(driver.cuKernelGetFunction(_result(loaded)))
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _result(driver.cuFuncSetAttribute(self._function, most, shared_bytes))
         config = self._config = driver.CUlaunchConfig()
@@ -231,15 +211,27 @@ def cluster_attributes(driver: Any, ranks: int) -> list[Any]:
 def most_clusters(device: torch.device, ranks: int, threads: int) -> int:
     """How many clusters of blocks, each alone on its multiprocessor, a GPU runs at a time."""
 
+    room = shared_memory(device)
+    launcher = Launcher(
+        partial(idle_kernel),
+        (),
+        device,
+        threads=threads,
+        shared_bytes=room,
+        early=False,
+        ranks=ranks,
+    )
+    return launcher.clusters(room)
+
+
+def idle_kernel() -> Any:
+    """One that does nothing."""
+
     @numba_cuda().jit
     def idle():
         pass
 
-    room = shared_memory(device)
-    launcher = Launcher(
-        idle, (), device, threads=threads, shared_bytes=room, early=False, ranks=ranks
-    )
-    return launcher.clusters(room)
+    return idle
 
 
 CTYPES = {"int32": "c_int32", "int64": "c_int64", "float32": "c_float"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -146,7 +146,7 @@ def launcher_of(spec: KernelSpec, device: torch.device) -> Launcher:
     alone = spec.unit.inputs == 1
     kernel, signature = (product_kernel, SIGNATURE) if alone else (several_kernel, SEVERAL)
     return Launcher(
-        kernel(spec),
+        partial(kernel, spec),
         signature,
         device,
         threads=spec.threads,

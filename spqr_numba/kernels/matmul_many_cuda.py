@@ -6,7 +6,7 @@ many_cuda.py has the kernel; staging_cuda.py what brings the inputs into its ord
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -149,26 +149,26 @@ def division_of(spec: MatrixSpec, count: int, device: torch.device) -> tuple[int
 @cache
 def launcher_of(spec: ManySpec, device: torch.device) -> Launcher:
     """The product, compiled for a GPU."""
-    return compiled(many_kernel(spec), SIGNATURE, device, spec.threads, spec.bytes)
+    return compiled(partial(many_kernel, spec), SIGNATURE, device, spec.threads, spec.bytes)
 
 
 @cache
 def staging_of(unit: UnitSpec, kind: torch.dtype, device: torch.device) -> Launcher:
     """The kernel that stages inputs, compiled for a GPU."""
     spec = KernelSpec(unit, kind, STAGING_WARPS, 1, True)
-    return compiled(cores_kernel(spec), CORES, device, spec.threads, shared_memory(device))
+    return compiled(partial(cores_kernel, spec), CORES, device, spec.threads, shared_memory(device))
 
 
 @cache
 def adding_of(kind: torch.dtype, device: torch.device) -> Launcher:
     """The kernel that adds shares up, compiled for a GPU."""
-    return compiled(shares_kernel(kind), SHARES, device, SHARES_THREADS, 0)
+    return compiled(partial(shares_kernel, kind), SHARES, device, SHARES_THREADS, 0)
 
 
 def compiled(
-    kernel: Any, signature: Any, device: torch.device, threads: int, shared_bytes: int
+    make: partial, signature: Any, device: torch.device, threads: int, shared_bytes: int
 ) -> Launcher:
-    """A kernel for a GPU, that starts before the one ahead of it has ended."""
+    """What make() returns, for a GPU; it starts before the kernel ahead of it has ended."""
     return Launcher(
-        kernel, signature, device, threads=threads, shared_bytes=shared_bytes, early=True
+        make, signature, device, threads=threads, shared_bytes=shared_bytes, early=True
     )

@@ -12,7 +12,7 @@ An octet's outliers wait in a patch (patch_cuda.py), and are added before anythi
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def ordering_of(unit: UnitSpec, device: torch.device) -> Launcher:
     """The kernel that orders inputs, compiled for a GPU."""
     spec = KernelSpec(unit, torch.float16, ORDER_WARPS, 1, False)
     return Launcher(
-        order_kernel(spec),
+        partial(order_kernel, spec),
         ORDERED,
         device,
         threads=spec.threads,
@@ -96,7 +96,7 @@ def launcher_of(
 ) -> Launcher:
     """The kernel, compiled for a GPU."""
     return Launcher(
-        dequantize_kernel(unit, dtype, outliers),
+        partial(dequantize_kernel, unit, dtype, outliers),
         SIGNATURE,
         device,
         threads=WARPS * LANES,

@@ -226,8 +226,8 @@ class Meeting:
 class Launcher:
     """launch.Launcher: runs a kernel, cluster by cluster."""
 
-    def __init__(self, kernel, signature, device, *, threads, shared_bytes, early, ranks=1):
-        self.kernel, self.threads, self.signature, self.ranks = kernel, threads, signature, ranks
+    def __init__(self, make, signature, device, *, threads, shared_bytes, early, ranks=1):
+        self.kernel, self.threads, self.signature, self.ranks = make(), threads, signature, ranks
         assert shared_bytes <= SHARED_BYTES
 
     def launch(self, grid: int, shared_bytes: int, stream: int, *numbers: int) -> None:

@@ -1,0 +1,120 @@
+"""Compiled kernels on disk: a machine compiles each once, and not each process anew.
+
+~/.cache/spqr_numba/<digest of the sources>/ holds what Numba keeps of the CPU's functions, and
+
+    <digest>.cubin    one kernel of a GPU: a line with the SHA-256 of what follows, a line with
+                      the kernel's name in it, and the code, as the driver loads it
+
+whose digest is of all that the code depends on but the sources: who made the kernel and of what,
+its arguments' types, the GPU's generation, and the compilers' versions. Numba's own cache cannot
+keep kernels that close over device functions, as all of ours do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+
+__all__ = ["Cubin", "cubin_of", "kernel_cache"]
+
+PACKAGE = Path(__file__).parent.parent
+MARK = b"\n"
+
+
+@cache
+def kernel_cache() -> Path | None:
+    """~/.cache/spqr_numba/<digest of the sources>, made if need be; None where it cannot be."""
+    root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(root or Path.home() / ".cache") / "spqr_numba" / source_digest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def source_digest() -> str:
+    """A digest of all sources that compiled code can depend on."""
+    digest = hashlib.sha256()
+    for source in sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("format/*.py")]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Cubin(NamedTuple):
+    """A kernel as a GPU runs it."""
+
+    name: str
+    code: bytes
+
+
+def cubin_of(make: partial, signature: tuple[Any, ...], capability: tuple[int, int]) -> Cubin:
+    """The kernel that make() returns, compiled for GPUs of a generation: from disk, or kept there.
+
+    make        a function of a module with its arguments, of which the kernel is all
+    signature   Numba's types of the kernel's own arguments
+    """
+    folder = kernel_cache()
+    if folder is None:
+        return _compiled(make, signature)
+    path = folder / f"{_key(make, signature, capability)}.cubin"
+    found = _read(path)
+    if found is None:
+        found = _compiled(make, signature)
+        _write(path, found)
+    return found
+
+
+def _key(make: partial, signature: tuple[Any, ...], capability: tuple[int, int]) -> str:
+    """Raises ValueError where `make` has an argument that only this process tells apart."""
+    from numba_cuda import __version__ as numba_cuda_version
+
+    parts = (
+        make.func.__module__,
+        make.func.__qualname__,
+        make.args,
+        sorted(make.keywords.items()),
+        [str(argument) for argument in signature],
+        capability,
+        numba.__version__,
+        numba_cuda_version,
+    )
+    text = repr(parts)
+    if re.search(r" at 0x[0-9a-f]+>", text):
+        raise ValueError(f"{text} has no name that outlives this process")
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _compiled(make: partial, signature: tuple[Any, ...]) -> Cubin:
+    library = make().compile(signature)._codelibrary
+    return Cubin(library._entry_name, bytes(library.get_cubin().code))
+
+
+def _read(path: Path) -> Cubin | None:
+    """What `_write` wrote; None where that is not, or not whole."""
+    try:
+        digest, kept = path.read_bytes().split(MARK, 1)
+    except (OSError, ValueError):
+        return None
+    if hashlib.sha256(kept).hexdigest().encode() != digest:
+        return None
+    name, code = kept.split(MARK, 1)
+    return Cubin(name.decode(), code)
+
+
+def _write(path: Path, cubin: Cubin) -> None:
+    """At once or not at all; a disk that is full is no reason to stop."""
+    kept = cubin.name.encode() + MARK + cubin.code
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(kept).hexdigest().encode() + MARK + kept)
+        Path(file.name).replace(path)
+    except OSError:
+        return
