@@ -19,7 +19,7 @@ asks at each access whether it is negative.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def prepared_walk(
     if upper is None:
         upper = torch.empty(0, 0, device=device)
     return prepared_launch(
-        walk_kernel(width, settings.joint, fits_inside(width, settings.group_size)),
+        partial(walk_kernel, width, settings.joint, fits_inside(width, settings.group_size)),
         tiles,
         (width, THREADS // width),
         device,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -31,6 +32,7 @@ __all__ = [
     "shared_memory",
     "stream_of",
 ]
+
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
     """`njit(**options)` with a cache on disk, for functions that close over nothing compiled."""
@@ -90,24 +92,27 @@ def _stream(pointer: int) -> Any:
 
 
 def prepared_launch(
-    kernel: Any, grid: int, block: tuple[int, int], device: torch.device, *arguments: Any, more: int
+    make: partial,
+    grid: int,
+    block: tuple[int, int],
+    device: torch.device,
+    *arguments: Any,
+    more: int,
 ) -> Callable[..., None]:
-    """launch(*integers): `kernel` on these arguments and as many int64 behind them as `more` says.
+    """launch(*integers): make()'s kernel on these arguments, and `more` int64 behind them.
 
     On what is torch's current stream now. Numba looks at every array at every launch, and at twenty
     it looks longer than such a kernel runs; here it does so once.
     """
-    from numba.cuda.dispatcher import LaunchConfig, launch
+    from cuda.core import LaunchConfig, ObjectCode, launch
 
-    given = (*arguments, *[0] * more)
-    special = kernel.specialize(*given)
-    compiled = next(iter(special.overloads.values()))
-    ready: list[Any] = []
-    for numba_type, value in zip(compiled.argument_types, given, strict=True):
-        compiled._prepare_args(numba_type, value, 0, [], ready)
-    stream = special[grid, block, stream_of(device)].stream
+    kernel, given = make(), (*arguments, *[0] * more)
+    signature = tuple(map(kernel.typeof_pyval, given))
+    cubin = cubin_of(make, signature, torch.cuda.get_device_capability(device))
+    ready = flattened(signature, given)
+    stream = kernel[grid, block, stream_of(device)].stream
     config = LaunchConfig(grid=grid, block=block)
-    function = compiled._codelibrary.get_cufunc().kernel
+    function = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
 
     def launch_with(*integers: int) -> None:
         for place, integer in zip(ready[-more:], integers, strict=True):
@@ -115,6 +120,18 @@ def prepared_launch(
         launch(stream, config, function, *ready)
 
     return launch_with
+
+
+def flattened(signature: tuple[Any, ...], given: tuple[Any, ...]) -> list[Any]:
+    """What a kernel of Numba gets for arguments: of an array its address, shape and strides."""
+    from numba.cuda.dispatcher import _Kernel
+
+    ready: list[Any] = []
+    kernel = SimpleNamespace(extensions=[])
+    kernel._prepare_args = partial(_Kernel._prepare_args, kernel)
+    for numba_type, value in zip(signature, given, strict=True):
+        kernel._prepare_args(numba_type, value, 0, [], ready)
+    return ready
 
 
 RESERVED_BYTES = 2048  # of a block's shared memory: the driver's, and what kernels name themselves

@@ -169,6 +169,4 @@ def compiled(
     make: partial, signature: Any, device: torch.device, threads: int, shared_bytes: int
 ) -> Launcher:
     """What make() returns, for a GPU; it starts before the kernel ahead of it has ended."""
-    return Launcher(
-        make, signature, device, threads=threads, shared_bytes=shared_bytes, early=True
-    )
+    return Launcher(make, signature, device, threads=threads, shared_bytes=shared_bytes, early=True)
