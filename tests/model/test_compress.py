@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spqr_numba.config import SpqrConfig
+from spqr_numba.config import CHOSEN_FIELDS, SpqrConfig
 from spqr_numba.errors import (
     CheckpointError,
     ConfigError,
@@ -521,11 +521,11 @@ def test_what_a_target_chose_is_stored(per_layer: bool, folder_of: FolderOf, run
     for row in log_of(out):
         config = stored.for_module(row["layer"])
         assert config is not None
-        assert str(config.bits) == row["code_bits"]
-        assert str(config.group_size) == row["group_size"]
-        assert str(config.outlier_threshold or "") == row["outlier_threshold"]
-        chosen.add((config.bits, config.group_size, config.outlier_threshold))
-    assert len(chosen) > 2
+        settings = tuple(getattr(config, name) for name in CHOSEN_FIELDS)
+        columns = ("code_bits", *CHOSEN_FIELDS[1:])
+        assert [str(setting or "") for setting in settings] == [row[name] for name in columns]
+        chosen.add(settings)
+    assert len(chosen) > 1
     model, _ = load_model(str(out))
     twin = dense_twin(model, folder_of("llama"))
     torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
