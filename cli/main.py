@@ -13,6 +13,7 @@ from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .sweep import sweep
+from .write import write
 
 __all__ = ["main"]
 
@@ -23,5 +24,5 @@ def main() -> None:
     """Compress language models to 3 to 5 bits a weight, and use them."""
 
 
-for command in (compress, evaluate, generate, inspect, sweep, demo, bench):
+for command in (compress, evaluate, generate, inspect, sweep, write, demo, bench):
     main.add_command(command)

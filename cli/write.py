@@ -1,0 +1,114 @@
+"""spqr write: a model writes the text that it is then calibrated on."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ._command import Cell, Command, echo_table, emit, progress_bar
+from ._options import device_option, seqlen_option
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["write"]
+
+SUFFIX = ".safetensors"
+SHOWN = 300  # characters of a window
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.argument("file", required=False)
+@click.option("--nsamples", default=256, show_default=True, help="Windows to write.")
+@seqlen_option
+@click.option("--seed", default=0, show_default=True, help="Of the random choice.")
+@device_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Windows written at once.  [default: 32, on a GPU as many as it has room for]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+def write(
+    model: str | None,
+    file: str | None,
+    nsamples: int,
+    seqlen: int | None,
+    seed: int,
+    device: str,
+    batch_size: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Let MODEL write text of its own into FILE.safetensors, to be calibrated on.
+
+    `spqr compress MODEL OUT --dataset FILE.safetensors` then needs no text like what the model is
+    used for. MODEL is a folder, a hub name or a .gguf file; with FILE alone, it is the bundled
+    model.
+    """
+    if file is None:
+        model, file = None, model
+    path = _checked(file, overwrite)
+
+    from spqr_numba.model.calibration import window_length
+    from spqr_numba.model.integration import load_model
+    from spqr_numba.own_text import own_text
+
+    loaded, tokenizer = load_model(model, device=device)
+    length = window_length(loaded.config, seqlen)
+    started = time.perf_counter()
+    with progress_bar(nsamples * length, "writing", " tokens") as bar:
+        windows = own_text(
+            loaded,
+            tokenizer,
+            nsamples,
+            length,
+            seed=seed,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - started
+    _save(windows, path)
+    result: dict[str, Cell] = {
+        "windows": nsamples,
+        "tokens": windows.numel(),
+        "seconds": seconds,
+        "tokens/s": windows.numel() / seconds,
+        "file": str(path),
+    }
+    begins = tokenizer.decode(windows[0])[:SHOWN]
+    emit(result | {"begins": begins}, as_json, lambda: _show(result, begins))
+
+
+def _checked(file: str | None, overwrite: bool) -> Path:
+    """The path of a file that may be written."""
+    if file is None:
+        raise click.UsageError("name the FILE.safetensors to write")
+    path = Path(file)
+    if path.suffix != SUFFIX:
+        raise click.UsageError(f"{file} does not end in {SUFFIX}, in which tokens are kept")
+    if path.exists() and not overwrite:
+        raise click.UsageError(f"{file} exists; --overwrite replaces it")
+    if not path.absolute().parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent} to write {path.name} into")
+    return path
+
+
+def _save(windows: torch.Tensor, path: Path) -> None:
+    """At once or not at all."""
+    import torch
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".spqr-") as folder:
+        save_file({"tokens": windows.to(torch.int32)}, Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)
+
+
+def _show(result: dict[str, Cell], begins: str) -> None:
+    echo_table([result])
+    click.echo(f"\nThe first begins: {begins}")

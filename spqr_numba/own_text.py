@@ -1,0 +1,102 @@
+"""Text that a model writes of itself: calibration where no text like its use is at hand.
+
+A random token begins each window, and all others are drawn as the model predicts them, beyond the
+ends of its texts too. So the windows are of all the kinds that the model was trained on, in about
+their shares: prose, code, chats, other languages. Calibration on what a model writes is from Liu et
+al. (LLM-QAT, arXiv 2305.17888) and Williams et al. (self-calibration, arXiv 2410.17170).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .decoding import Steps, cache_length, make_cache, prefill
+from .errors import DataError
+from .sampling import Sampling
+
+__all__ = ["own_text"]
+
+ROWS = {"cpu": 32, "cuda": 256}  # windows written at once
+
+logger = logging.getLogger(__name__)
+
+
+def own_text(
+    model: Any,
+    tokenizer: Any,
+    windows: int,
+    length: int,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> torch.Tensor:
+    """`windows` windows of `length` tokens that the model writes: int64 [windows, length].
+
+    seed        of the first tokens and of the choice of all others
+    batch_size  windows written at once; None: 32 on a CPU and 256 on a GPU, halved until they fit
+    progress    gets the number of tokens written since it was last called
+
+    Raises DataError where no window would hold a token that the model chose, NumericsError where
+    its output is not finite.
+    """
+    begun = first_tokens(model, tokenizer, windows, seed)
+    if windows < 1 or length <= begun.shape[1]:
+        raise DataError(
+            f"{windows} windows of {length} tokens were asked for; at least one of"
+            f" {begun.shape[1] + 1} is needed"
+        )
+    rows = min(batch_size or ROWS[model.device.type], windows)
+    written: list[torch.Tensor] = []
+    while (start := sum(map(len, written))) < windows:
+        try:
+            part = _continued(model, begun[start : start + rows], length, seed + start, progress)
+        except torch.OutOfMemoryError:
+            if rows == 1 or batch_size is not None:
+                raise
+            rows //= 2
+            torch.cuda.empty_cache()
+            logger.info("the GPU has no room for more: %d windows are written at once", rows)
+            continue
+        written.append(part)
+    return torch.cat(written)
+
+
+def first_tokens(model: Any, tokenizer: Any, windows: int, seed: int) -> torch.Tensor:
+    """What stands at the beginning of any text, and one token at random: int64 [windows, T]."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    words = torch.tensor([token for token in range(known) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = words[torch.randint(len(words), (windows, 1), generator=generator)]
+    start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.int64)
+    return torch.cat([start.expand(windows, -1), chosen], dim=1)
+
+
+def _continued(
+    model: Any,
+    begun: torch.Tensor,
+    length: int,
+    seed: int,
+    progress: Callable[[int], object] | None,
+) -> torch.Tensor:
+    """The windows begun [B, T], as long as they are to be: int64 [B, length]."""
+    on_gpu = model.device.type == "cuda"
+    choose = Sampling(temperature=1.0, seed=seed).chooser(model.device)
+    cache = make_cache(model, cache_length(length, compiled=False), static=on_gpu)
+    logits, state = prefill(model, begun.to(model.device), None, cache)
+    chosen = choose(logits)
+    columns = [chosen[:, 0].tolist()]
+    count = length - begun.shape[1] - 1
+    told = (begun.shape[1] + 1) * len(begun)
+    for column in Steps(state, chosen, choose, count, graph=on_gpu):
+        columns.append(column)
+        told += len(begun)
+        if progress:
+            progress(told)
+            told = 0
+    return torch.cat([begun, torch.tensor(columns).T], dim=1)
