@@ -244,8 +244,10 @@ calibration_options = _apply(
             "--custom_data_path",
             "dataset",
             metavar="DATASET",
+            multiple=True,
             help="Calibration text: a .txt, .jsonl, .safetensors, .npy or .pt file, a folder of"
-            " text files, or wikitext2, ptb, c4, pajama, refinedweb.  [default: Python's manual]",
+            " text files, or wikitext2, ptb, c4, pajama, refinedweb; of several, each has as many"
+            " of the windows.  [repeatable; default: Python's manual]",
         ),
         click.option("--nsamples", default=128, show_default=True, help="Calibration windows."),
         seqlen_option,

@@ -51,7 +51,10 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 )
 @text_options
 @click.option(
-    "--calibration", metavar="DATASET", help="Text to calibrate on.  [default: Python's manual]"
+    "--calibration",
+    metavar="DATASET",
+    multiple=True,
+    help="Text to calibrate on, as for `spqr compress`.  [repeatable; default: Python's manual]",
 )
 @click.option("--calibration-nsamples", default=128, show_default=True, help="Windows of it.")
 @click.option(

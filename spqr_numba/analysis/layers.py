@@ -22,7 +22,7 @@ from ..model.blocks import (
     input_groups,
     pre_hook,
 )
-from ..model.calibration import load_tokens, sample_windows, window_length
+from ..model.calibration import load_texts, sample_windows, window_length
 from ..model.skeleton import build_skeleton, load, release, stored_names
 from ..model.source import open_source
 from ..quantize.hessian import Hessian
@@ -100,7 +100,7 @@ def calibrated_layers(
     if not any(wanted):
         raise InputError(f"the pattern {only!r} matches no linear of {source.label}")
     length = window_length(source.config, seqlen)
-    windows = sample_windows(load_tokens(dataset, source.tokenizer()), nsamples, length, seed)
+    windows = sample_windows(load_texts(dataset, source.tokenizer()), nsamples, length, seed)
     weights, place = source.weights(skeleton), (torch.device("cpu"), torch.float32)
     outside = [n for n in stored_names(skeleton) if not n.startswith(f"{blocks.path}.")]
     load(skeleton, outside, weights, *place)

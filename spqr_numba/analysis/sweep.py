@@ -34,7 +34,7 @@ from ..errors import ConfigError, NumericsError
 from ..evaluate.perplexity import perplexity, perplexity_beside
 from ..model.blocks import check_causal, check_dense, find_blocks, plan
 from ..model.budget import Curves, Target, read_curves
-from ..model.calibration import load_tokens, window_length
+from ..model.calibration import Dataset, load_texts, window_length
 from ..model.compress import CURVES_FILE, Progress, compress
 from ..model.integration import load_model
 from ..model.report import LAYERS_FILE, LayerRow, read_rows
@@ -66,7 +66,7 @@ def sweep(
     tune_model: Sequence[int] = (0,),
     tune_codes: bool = False,
     targets: Sequence[Target] = (),
-    dataset: str | None = None,
+    dataset: Dataset | Sequence[Dataset] = None,
     nsamples: int = 128,
     seqlen: int | None = None,
     device: str = "cpu",
@@ -96,14 +96,14 @@ def sweep(
     source = open_source(model)
     runs = _runs(settings, seeds, _tunings(tune, tune_model, tune_codes), targets, dense)
     _check(source, runs)
-    tokens = load_tokens(dataset, source.tokenizer())
+    calibrated_on = load_texts(dataset, source.tokenizer())
     calibration: dict[str, Any] = {
-        "dataset": tokens,
+        "dataset": calibrated_on,
         "nsamples": nsamples,
         "seqlen": window_length(source.config, seqlen),
         "device": device,
     }
-    folder = SweepFolder(Path(out).expanduser(), _common(source, tokens, calibration, texts))
+    folder = SweepFolder(Path(out).expanduser(), _common(source, calibrated_on, calibration, texts))
     job = Sweep(source, texts, calibration, folder, progress, beside=dense)
     yield from job.points(runs)
 
@@ -327,7 +327,7 @@ def _check(source: Source, runs: Iterable[Run]) -> None:
 
 def _common(
     source: Source,
-    tokens: torch.Tensor,
+    calibrated_on: Sequence[torch.Tensor],
     calibration: Mapping[str, Any],
     texts: Mapping[str, torch.Tensor],
 ) -> dict[str, str]:
@@ -337,7 +337,7 @@ def _common(
         "model": f"{source.label} ({source.fingerprint[:12]})",
         "device": calibration["device"],
         "calibration": f"{calibration['nsamples']} windows of {calibration['seqlen']} tokens out of"
-        f" a text of {len(tokens)} ({_digest(tokens)})",
+        f" {' and '.join(f'a text of {len(text)} ({_digest(text)})' for text in calibrated_on)}",
     }
     for name, windows in texts.items():
         count, length = windows.shape

@@ -2,12 +2,14 @@
 
     dataset        what it is
     None           the language manual that every CPython ships (pydoc_data.topics)
-    a file         .jsonl (field `text`), tokens (.safetensors, .npy, .pt, .pth), or else plain text
+    a file         .jsonl (field `text`), tokens (.safetensors, as `spqr write` makes them, .npy,
+                   .pt, .pth), or else plain text
     a folder       every file in it, text or .jsonl, in the order of their names
     a name         wikitext2, ptb, c4, pajama, refinedweb, through `datasets` (hub.py)
 
 Only the named ones have a separate test split; the others give the same text for both. Windows are
-cut out of one long stream of tokens and never padded.
+cut out of one long stream of tokens and never padded. Where several texts are given to calibrate
+on, each has as many of the windows, in turn.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from ..errors import ConfigError, DataError
 from .hub import HUB_TEXTS, hub_text
 
 __all__ = [
+    "Dataset",
     "consecutive_windows",
+    "load_texts",
     "load_tokens",
     "sample_windows",
     "sample_windows_apart",
@@ -37,6 +42,9 @@ __all__ = [
 
 DEFAULT_SEQLEN = 2048
 HELD_BACK_SHARE = 8  # one token in so many, the last ones, where some windows are held back
+Dataset = str | torch.Tensor | None
+"""Text (see the table above), or its tokens, int64 [n]."""
+
 UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 TOKEN_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
 
@@ -51,6 +59,16 @@ def load_tokens(dataset: str | None, tokenizer: Any, split: str = "train") -> to
     if path is not None and path.suffix in TOKEN_SUFFIXES and path.is_file():
         return _check_tokens(_read_tokens(path), path, len(tokenizer))
     return tokenize(_read_text(dataset, split), tokenizer)
+
+
+def load_texts(datasets: Dataset | Sequence[Dataset], tokenizer: Any) -> list[torch.Tensor]:
+    """The tokens of one dataset or of several: int64 [n] each. Raises as `load_tokens`."""
+    if datasets is None or isinstance(datasets, str | torch.Tensor):
+        datasets = [datasets]
+    return [
+        dataset if isinstance(dataset, torch.Tensor) else load_tokens(dataset, tokenizer)
+        for dataset in datasets or [None]
+    ]
 
 
 def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
@@ -71,38 +89,51 @@ def window_length(config: Any, seqlen: int | None) -> int:
     return seqlen
 
 
-def sample_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """`nsamples` windows of `tokens` [n] at random places, as the reference draws them.
+def sample_windows(
+    texts: Sequence[torch.Tensor], nsamples: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """`nsamples` windows at random places, as the reference draws them, of the texts [n] in turn.
 
-    int64 [nsamples, seqlen]; they may overlap. Raises DataError for fewer than seqlen + 1 tokens.
+    int64 [nsamples, seqlen]; they may overlap. Raises DataError for a text of fewer than seqlen + 1
+    tokens, and for fewer windows than texts.
     """
-    _check_counts(nsamples, seqlen)
-    _check_enough(len(tokens), seqlen + 1, f"windows of {seqlen}")
-    return _draw(tokens, nsamples, seqlen, random.Random(seed))
+    _check_counts(nsamples, seqlen, len(texts))
+    for tokens in texts:
+        _check_enough(len(tokens), seqlen + 1, f"windows of {seqlen}")
+    return _draw(texts, nsamples, seqlen, random.Random(seed))
 
 
 def sample_windows_apart(
-    tokens: torch.Tensor, trained: int, held_back: int, seqlen: int, seed: int
+    texts: Sequence[torch.Tensor], trained: int, held_back: int, seqlen: int, seed: int
 ) -> torch.Tensor:
-    """Windows of `tokens` [n] at random places: `trained` of them, then `held_back` ones.
+    """Windows of the texts [n] at random places: `trained` of them, then `held_back` ones.
 
-    The latter come from the last eighth of the text, or as much as a window takes, the former from
+    The latter come from the last eighth of each text, or as much as a window takes, the former from
     what is before it, so that no token is in both.
-    int64 [trained + held_back, seqlen]. Raises DataError for fewer than 2 * (seqlen + 1) tokens.
+    int64 [trained + held_back, seqlen]. Raises DataError for a text of fewer than 2 * (seqlen + 1)
+    tokens, and for fewer windows than texts.
     """
-    _check_counts(min(trained, held_back), seqlen)
+    _check_counts(min(trained, held_back), seqlen, len(texts))
     least = seqlen + 1
     windows = f"windows of {seqlen}, some of them held back from a part of the text of their own,"
-    _check_enough(len(tokens), 2 * least, windows)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for tokens in texts:
+        _check_enough(len(tokens), 2 * least, windows)
+        end = len(tokens) - max(len(tokens) // HELD_BACK_SHARE, least)
+        parts.append((tokens[:end], tokens[end:]))
     generator = random.Random(seed)
-    end = len(tokens) - max(len(tokens) // HELD_BACK_SHARE, least)
-    before = _draw(tokens[:end], trained, seqlen, generator)
-    return torch.cat([before, _draw(tokens[end:], held_back, seqlen, generator)])
+    before = _draw([part[0] for part in parts], trained, seqlen, generator)
+    return torch.cat([before, _draw([part[1] for part in parts], held_back, seqlen, generator)])
 
 
-def _draw(tokens: torch.Tensor, count: int, seqlen: int, generator: random.Random) -> torch.Tensor:
-    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(count)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+def _draw(
+    texts: Sequence[torch.Tensor], count: int, seqlen: int, generator: random.Random
+) -> torch.Tensor:
+    windows = []
+    for tokens in islice(cycle(texts), count):
+        start = generator.randint(0, len(tokens) - seqlen - 1)
+        windows.append(tokens[start : start + seqlen])
+    return torch.stack(windows)
 
 
 def consecutive_windows(
@@ -118,9 +149,10 @@ def consecutive_windows(
     return tokens[: count * seqlen].view(count, seqlen)[:limit]
 
 
-def _check_counts(windows: int, seqlen: int) -> None:
-    if windows < 1:
-        raise DataError(f"{windows} windows of text were asked for; at least 1 is needed")
+def _check_counts(windows: int, seqlen: int, texts: int = 1) -> None:
+    if windows < texts:
+        of = "text" if texts == 1 else f"{texts} texts"
+        raise DataError(f"{windows} windows of {of} were asked for; it takes at least {texts}")
     if seqlen < 2:
         raise DataError(f"seqlen is {seqlen}; a window needs at least 2 tokens")
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict
@@ -42,7 +42,13 @@ from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
 from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
-from .calibration import load_tokens, sample_windows, sample_windows_apart, window_length
+from .calibration import (
+    Dataset,
+    load_texts,
+    sample_windows,
+    sample_windows_apart,
+    window_length,
+)
 from .checkpoint import CheckpointWriter, WriteBehind, amended, check_free
 from .gradients import TokenWeights, token_sensitivities
 from .model_tuning import ModelTuner, model_tuning
@@ -93,7 +99,7 @@ def compress(
     out: Path | str,
     config: SpqrConfig | None = None,
     *,
-    dataset: str | torch.Tensor | None = None,
+    dataset: Dataset | Sequence[Dataset] = None,
     nsamples: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
@@ -115,7 +121,7 @@ def compress(
     config       settings, the same for all layers where no target_bits are given; None for those of
                  the preset "balanced" with 3.9 bits a weight, if no others, to aim at
     dataset      calibration text (calibration.py), or its tokens, int64 [n]; None for Python's
-                 manual
+                 manual; of several, each has as many of the windows
     nsamples     windows of calibration text
     seqlen       tokens a window; None is the model's context, 2048 at most
     seed         of the choice of windows, and of their order where they are trained on
@@ -166,10 +172,7 @@ def compress(
         )
         tokenizer = source.tokenizer()
         if job.calibrates:
-            tokens = (
-                dataset if isinstance(dataset, torch.Tensor) else load_tokens(dataset, tokenizer)
-            )
-            job.calibrate_on(tokens, nsamples, seqlen, seed, batch_size)
+            job.calibrate_on(load_texts(dataset, tokenizer), nsamples, seqlen, seed, batch_size)
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
     with torch.no_grad(), closing(job.weights), closing(job.behind):
@@ -223,13 +226,13 @@ class Compression:
 
     def calibrate_on(
         self,
-        tokens: torch.Tensor,
+        texts: list[torch.Tensor],
         nsamples: int,
         seqlen: int | None,
         seed: int,
         batch_size: int | None,
     ) -> None:
-        """Draw the calibration windows.
+        """Draw the calibration windows out of texts, int64 [n] each.
 
         Raises ConfigError for a seqlen beyond the model's context or a batch of none, DataError for
         too few tokens or tokens that the model does not have.
@@ -238,37 +241,38 @@ class Compression:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; at least one window runs at once")
         vocabulary = self.source.config.get_text_config().vocab_size
-        if len(tokens) and tokens.max() >= vocabulary:
-            raise DataError(
-                f"the text has token {tokens.max().item()}, and the model knows 0 ..."
-                f" {vocabulary - 1}; tokenizer and model do not belong together"
-            )
-        self.windows = self._draw_windows(tokens, nsamples, length, seed)
+        for tokens in texts:
+            if len(tokens) and tokens.max() >= vocabulary:
+                raise DataError(
+                    f"the text has token {tokens.max().item()}, and the model knows 0 ..."
+                    f" {vocabulary - 1}; tokenizer and model do not belong together"
+                )
+        self.windows = self._draw_windows(texts, nsamples, length, seed)
         self.batch_size = batch_size or max(1, BATCH_TOKENS // length)
         if self.tune_model:
-            self._draw_model_windows(tokens, length, seed)
+            self._draw_model_windows(texts, length, seed)
 
-    def _draw_model_windows(self, tokens: torch.Tensor, length: int, seed: int) -> None:
+    def _draw_model_windows(self, texts: list[torch.Tensor], length: int, seed: int) -> None:
         """What the whole model is tuned on: the more text the better, and so new windows."""
         self.model_tuning = model_tuning(
             self.tune_model,
             self.batch_size,
             seed,
             codes=self.tune_codes,
-            text=len(tokens) // length,
+            text=len(texts) * min(map(len, texts)) // length,
             length=length,
         )
         trained, held_back = self.model_tuning.trained, self.model_tuning.held_back
-        self.model_windows = sample_windows_apart(tokens, trained, held_back, length, seed)
+        self.model_windows = sample_windows_apart(texts, trained, held_back, length, seed)
 
     def _draw_windows(
-        self, tokens: torch.Tensor, nsamples: int, length: int, seed: int
+        self, texts: list[torch.Tensor], nsamples: int, length: int, seed: int
     ) -> torch.Tensor:
         """int64 [nsamples, length]; those that tuning holds back share no token with others."""
         if self.tuning is None:
-            return sample_windows(tokens, nsamples, length, seed)
+            return sample_windows(texts, nsamples, length, seed)
         trained, held_back = self.tuning.trained, self.tuning.held_back
-        return sample_windows_apart(tokens, trained, held_back, length, seed)
+        return sample_windows_apart(texts, trained, held_back, length, seed)
 
     def activations_crowd(self) -> bool:
         """Whether all hidden states would leave a GPU too little memory for the work on a block."""

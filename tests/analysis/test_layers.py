@@ -25,7 +25,7 @@ def test_weights_and_hessians_are_the_whole_models(folder: Path) -> None:
     layers = list(calibrated_layers(str(folder), nsamples=4))
     model, tokenizer = load_model(str(folder))
     assert len(layers) == 14
-    windows = sample_windows(load_tokens(None, tokenizer), 4, 64, 0)
+    windows = sample_windows([load_tokens(None, tokenizer)], 4, 64, 0)
     for layer in layers:
         linear = model.get_submodule(layer.name)
         hessian = Hessian(linear.in_features)

@@ -15,7 +15,7 @@ import spqr_numba
 from .conftest import Run
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("bench", "compress", "demo", "eval", "generate", "inspect", "sweep")
+COMMANDS = ("bench", "compress", "demo", "eval", "generate", "inspect", "sweep", "write")
 
 
 def test_help_names_every_command(run: Run) -> None:

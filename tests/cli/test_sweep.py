@@ -82,7 +82,7 @@ def test_flags_become_settings(run: Run, tmp_path: Path, asked: dict[str, Any]) 
     assert (config.group_size, config.outlier_threshold, config.skip) == (None, None, ("gate",))
     assert (asked["model"], asked["out"]) == (None, tmp_path / "out")
     assert asked["texts"]["manual"].shape == (2, 64)
-    assert (asked["dataset"], asked["nsamples"], asked["seqlen"]) == (None, 7, 64)
+    assert (asked["dataset"], asked["nsamples"], asked["seqlen"]) == ((), 7, 64)
     assert (asked["seeds"], asked["tune"]) == ((3, 4), (0, 9))
     assert (asked["tune_model"], asked["tune_codes"]) == ((7,), True)
     assert asked["targets"] == [Target(3.5, per_layer=True), Target(4, per_layer=True)]

@@ -14,7 +14,9 @@ from spqr_numba.own_text import own_text
 from .conftest import Run
 
 
-def test_what_it_writes_can_be_calibrated_on(run: Run, dense: Path, tmp_path: Path) -> None:
+def test_what_it_writes_can_be_calibrated_on(
+    run: Run, dense: Path, text: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "own.safetensors"
     result = run(f"write {dense} {file} --nsamples 9 --seqlen 24 --seed 3")
     assert result.exit_code == 0, result.output
@@ -23,8 +25,8 @@ def test_what_it_writes_can_be_calibrated_on(run: Run, dense: Path, tmp_path: Pa
     expected = own_text(*load_model(str(dense)), 9, 24, seed=3)
     assert written.tolist() == expected.tolist()
     assert list(tmp_path.iterdir()) == [file]
-    line = f"{dense} {tmp_path / 'out'} --dataset {file} --seqlen 24 --nsamples 4"
-    assert run(f"compress {line} --preset paper").exit_code == 0
+    line = f"{dense} {tmp_path / 'out'} --dataset {file} --dataset {text} --seqlen 24"
+    assert run(f"compress {line} --nsamples 4 --preset paper").exit_code == 0
     assert run(f"eval {dense} --dataset {file} --seqlen 24").exit_code == 0
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from spqr_numba.errors import DataError
 from spqr_numba.model.calibration import (
     consecutive_windows,
+    load_texts,
     load_tokens,
     sample_windows,
     sample_windows_apart,
@@ -125,16 +126,43 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
 
 
 def test_windows_are_drawn_as_the_reference_draws_them() -> None:
-    windows = sample_windows(TOKENS, nsamples=3, seqlen=10, seed=5)
+    windows = sample_windows([TOKENS], nsamples=3, seqlen=10, seed=5)
     random.seed(5)
     starts = [random.randint(0, 100 - 10 - 1) for _ in range(3)]
     assert windows.tolist() == [list(range(start, start + 10)) for start in starts]
 
 
+def test_each_of_several_texts_has_as_many_windows() -> None:
+    other = 1000 + torch.arange(30)
+    windows = sample_windows([TOKENS, other], 7, 10, seed=5)
+    assert (windows[:, 0] >= 1000).tolist() == [False, True, False, True, False, True, False]
+    windows = sample_windows_apart([TOKENS, other], 6, 4, 10, seed=5)
+    trained, held_back = windows[:6], windows[6:]
+    assert (windows[:, 0] >= 1000).tolist() == [False, True] * 5
+    for low, high in ((0, 1000), (1000, 2000)):
+        of_one = [part[(part >= low) & (part < high)] for part in (trained, held_back)]
+        assert of_one[0].max() < of_one[1].min()
+    with pytest.raises(DataError, match="has 30 tokens, and windows of 30 need at least 31"):
+        sample_windows([TOKENS, other], 2, 30, 0)
+    with pytest.raises(DataError, match="1 windows of 2 texts were asked for; it takes at least 2"):
+        sample_windows([TOKENS, other], 1, 10, 0)
+    with pytest.raises(DataError, match="1 windows of 2 texts were asked for; it takes at least 2"):
+        sample_windows_apart([TOKENS, other], 8, 1, 10, 0)
+
+
+def test_several_datasets(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
+    one, two = load_texts([str(tmp_path / "a.txt"), TOKENS], TOKENIZER)
+    assert TOKENIZER.decode(one) == "hello"
+    assert two is TOKENS
+    for alone in (None, ()):
+        assert torch.equal(load_texts(alone, TOKENIZER)[0], load_tokens(None, TOKENIZER))
+
+
 def test_too_little_text_says_how_much() -> None:
-    assert sample_windows(TOKENS, 1, 99, 0).shape == (1, 99)
+    assert sample_windows([TOKENS], 1, 99, 0).shape == (1, 99)
     with pytest.raises(DataError, match="has 100 tokens, and windows of 100 need at least 101"):
-        sample_windows(TOKENS, 1, 100, 0)
+        sample_windows([TOKENS], 1, 100, 0)
     assert consecutive_windows(TOKENS, 100).shape == (1, 100)
     with pytest.raises(DataError, match="has 100 tokens, and windows of 101 need at least 101"):
         consecutive_windows(TOKENS, 101)
@@ -143,22 +171,22 @@ def test_too_little_text_says_how_much() -> None:
 @pytest.mark.parametrize("seqlen", [5, 11, 12, 30, 49])
 def test_windows_apart_share_no_token(seqlen: int) -> None:
     for seed in range(20):
-        windows = sample_windows_apart(TOKENS, 14, 2, seqlen, seed)
+        windows = sample_windows_apart([TOKENS], 14, 2, seqlen, seed)
         assert windows.shape == (16, seqlen)
         assert windows[:14].max() < windows[14:].min()
-        assert torch.equal(windows, sample_windows_apart(TOKENS, 14, 2, seqlen, seed))
+        assert torch.equal(windows, sample_windows_apart([TOKENS], 14, 2, seqlen, seed))
         assert torch.equal(windows, windows[:, :1] + torch.arange(seqlen))
 
 
 def test_windows_apart_reach_all_of_the_last_eighth() -> None:
-    windows = sample_windows_apart(TOKENS, 500, 50, 5, 0)
+    windows = sample_windows_apart([TOKENS], 500, 50, 5, 0)
     assert (windows[:500].max(), windows[500:].min()) == (86, 88)
 
 
 def test_windows_apart_need_text_for_two() -> None:
     message = "has 100 tokens, and windows of 50, some of them held back .* need at least 102"
     with pytest.raises(DataError, match=message):
-        sample_windows_apart(TOKENS, 7, 1, 50, 0)
+        sample_windows_apart([TOKENS], 7, 1, 50, 0)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(None, 3), (2, 2), (9, 3)])
@@ -169,6 +197,6 @@ def test_consecutive_windows_do_not_overlap(limit: int | None, count: int) -> No
 
 def test_counts_must_make_sense() -> None:
     with pytest.raises(DataError, match="0 windows of text"):
-        sample_windows(TOKENS, 0, 10, 0)
+        sample_windows([TOKENS], 0, 10, 0)
     with pytest.raises(DataError, match="seqlen is 1; a window needs at least 2"):
         consecutive_windows(TOKENS, 1)

@@ -142,7 +142,7 @@ def test_losses_are_those_of_the_inputs_that_the_compressed_model_sees(
     out = run(folder_of(name))
     model, tokenizer = load_model(str(out))
     original, _ = load_model(str(folder_of(name)))
-    windows = sample_windows(load_tokens(str(text_file), tokenizer), 5, 24, seed=0)
+    windows = sample_windows([load_tokens(str(text_file), tokenizer)], 5, 24, seed=0)
     blocks = find_blocks(original)
     last = blocks.name(len(blocks) - 1)
     compressed = spqr_linears(model)

@@ -84,7 +84,7 @@ def divergence(folder: Path, dense_folder: Path, text_file: Path, steps: int = S
     tokens = load_tokens(str(text_file), tokenizer)
     text = len(tokens) // LENGTH
     tuning = model_tuning(steps, BATCH, 0, codes=False, text=text, length=LENGTH)
-    windows = sample_windows_apart(tokens, tuning.trained, tuning.held_back, LENGTH, seed=0)
+    windows = sample_windows_apart([tokens], tuning.trained, tuning.held_back, LENGTH, seed=0)
     held_back = windows[tuning.trained :]
     predicted, target = (m(held_back).logits.log_softmax(-1) for m in (model, dense))
     return F.kl_div(predicted, target, reduction="sum", log_target=True).item() / held_back.numel()

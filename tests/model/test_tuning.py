@@ -350,7 +350,7 @@ def test_what_is_held_back_is_text_that_no_other_window_has(
     """A window of it that is in the training too would call any overfitting better."""
     source, tokens = open_source(str(folder_of("llama"))), torch.arange(250)
     job = Compression(source, PAPER, torch.device("cpu"), Clock("cpu"), tuning := Tuning(1, 16))
-    job.calibrate_on(tokens, 16, 24, seed=0, batch_size=None)
+    job.calibrate_on([tokens], 16, 24, seed=0, batch_size=None)
     assert job.windows is not None
     trained, held_back = job.windows[: tuning.trained], job.windows[tuning.trained :]
     assert len(held_back) == 2
@@ -360,9 +360,9 @@ def test_what_is_held_back_is_text_that_no_other_window_has(
 def test_without_tuning_windows_are_as_ever(folder_of: Callable[[str], Path], run: Run) -> None:
     source, tokens = open_source(str(folder_of("llama"))), torch.arange(250)
     job = Compression(source, PAPER, torch.device("cpu"), Clock("cpu"))
-    job.calibrate_on(tokens, 16, 24, seed=3, batch_size=None)
+    job.calibrate_on([tokens], 16, 24, seed=3, batch_size=None)
     assert job.windows is not None
-    assert torch.equal(job.windows, sample_windows(tokens, 16, 24, seed=3))
+    assert torch.equal(job.windows, sample_windows([tokens], 16, 24, seed=3))
     assert not (run(folder_of("llama"), tune=0) / "tuning.csv").exists()
 
 
