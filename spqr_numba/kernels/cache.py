@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,9 +112,10 @@ def _read(path: Path) -> Cubin | None:
 def _write(path: Path, cubin: Cubin) -> None:
     """At once or not at all; a disk that is full is no reason to stop."""
     kept = cubin.name.encode() + MARK + cubin.code
+    beside = path.with_suffix(f".{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(kept).hexdigest().encode() + MARK + kept)
-        Path(file.name).replace(path)
+        beside.write_bytes(hashlib.sha256(kept).hexdigest().encode() + MARK + kept)
+        beside.replace(path)
     except OSError:
-        return
+        with suppress(OSError):
+            beside.unlink()

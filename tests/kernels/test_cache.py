@@ -90,6 +90,18 @@ def test_without_a_folder_to_write_to(folder: Path, monkeypatch: pytest.MonkeyPa
     assert not list(folder.iterdir())
 
 
+@needs_numba_cuda
+def test_a_disk_that_fills_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(place: Path, kept: bytes) -> None:
+        with place.open("wb") as file:
+            file.write(kept[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert cubin_of(partial(kernel, 3), ("int32",), (9, 0)).name == "its_name"
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inputs", [1, 8, 100])
 def test_a_kept_kernel_multiplies_alike(
