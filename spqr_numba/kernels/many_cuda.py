@@ -37,6 +37,7 @@ from .bulk_cuda import (
 from .launch import numba_cuda
 from .many_results_cuda import result_writer
 from .many_spec import (
+    FIRST_STAGE,
     PLACE,
     STAGES,
     UNIT_STRIPS,
@@ -113,9 +114,10 @@ def many_kernel(spec: ManySpec) -> Any:
         all_products_done()
         input_block, row_block, split = kept(zero)
         cuda.syncthreads()
-        put_sums(int32(zero + WORD_BYTES * TILE_ROWS * tile.warp), tile.lane, sums)
+        results = int32(zero + FIRST_STAGE)
+        put_sums(int32(results + WORD_BYTES * TILE_ROWS * tile.warp), tile.lane, sums)
         cuda.syncthreads()
-        write(weight, factors, y, bias, shares, count, input_block, row_block, split, zero)
+        write(weight, factors, y, bias, shares, count, input_block, row_block, split, results)
 
     return kernel
 

@@ -39,18 +39,18 @@ SHARES = (*(types.int64,) * 4, *(types.int32,) * 3)
 
 
 def result_writer(spec: ManySpec) -> Any:
-    """write(...): a block's sums from shared memory, as y or as shares of it; a thread has a row
-    and every other input."""
+    """write(..., results): a block's sums, from their shared address, as y or as shares of it; a
+    thread has a row and every other input."""
     inputs, put, bias_of = spec.inputs, number_writer(spec.kind), bias_reader(spec.kind)
     rows, row_shift = spec.rows, spec.rows.bit_length() - 1
     at_once, input_bytes = spec.threads // rows, WORD_BYTES * spec.result_floats
     step_bytes = at_once * input_bytes
 
     @cuda.jit(device=True, forceinline=True)
-    def write(weight, factors, y, bias, shares, count, input_block, row_block, split, zero):
+    def write(weight, factors, y, bias, shares, count, input_block, row_block, split, results):
         thread, column = int32(cuda.threadIdx.x), int32(input_block * inputs)
         in_block, i = int32(thread & (rows - 1)), int32(thread >> row_shift)
-        at = int32(zero + i * input_bytes + in_block * WORD_BYTES)
+        at = int32(results + i * input_bytes + in_block * WORD_BYTES)
         row, i = int32(row_block * rows + in_block), int32(column + i)
         end = int32(min(count, column + inputs))
         place = np.int64(i) * weight.rows + row

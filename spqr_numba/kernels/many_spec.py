@@ -10,7 +10,8 @@
     statistics     bytes  [2, statistics of a unit]
     runs           bytes  [2, run]                                  as much of them as has room
 
-A strip is four groups. The results take the place of all in the end.
+A strip is four groups. The results take the place of all but the barriers in the end: a warp's last
+arrival at one may be on its way still when others have written theirs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 from .wgmma_cuda import CORE_ROW_BYTES, CORE_ROWS, STEP_COLUMNS, Tiled
 
 __all__ = [
+    "FIRST_STAGE",
     "PLACE",
     "STAGES",
     "UNIT_STRIPS",
@@ -41,7 +43,7 @@ STRIP_GROUPS = QUAD  # one a lane of a row
 UNIT_STRIPS = UNIT_GROUPS // STRIP_GROUPS
 STAGES = 4  # of B: a divisor of UNIT_STRIPS, so that each strip of a unit has one of its own
 PLACE = 64  # where a block's place is, behind the barriers
-FIRST_STAGE = 128  # where B begins
+FIRST_STAGE = 128  # where B begins, and the results
 SHARED_BYTES = 224 * 1024  # of a multiprocessor, which has one block
 LONGEST_RUN = 4096  # bytes
 GAP_FLOATS = 4  # behind an input's results, so that stores of a warp meet different banks
@@ -153,7 +155,7 @@ class ManySpec:
     @property
     def bytes(self) -> int:
         """Of a block's shared memory."""
-        results = WORD_BYTES * self.result_floats * self.inputs
+        results = FIRST_STAGE + WORD_BYTES * self.result_floats * self.inputs
         return max(self.warps + self.warp_count * self.warp_bytes, results)
 
     def full(self, stage: int) -> int:

@@ -48,6 +48,7 @@ RANK_STEP = 2**20  # from a block's shared memory to that of the next one of the
 LANES = 32
 WARPGROUP = 128
 LOAD_BYTES = 16
+BARRIER_BYTES = 8
 WORD, FLOAT, HALF = np.uint32, np.float32, np.float16
 here = threading.local()  # the running thread: its block, warp, lane and copies
 
@@ -400,6 +401,7 @@ def place_in_shared(dtype: Any, address: Any) -> np.ndarray:
     size = np.dtype(dtype).itemsize
     assert place % size == 0
     assert 0 <= place <= len(block.memory) - size
+    assert place // BARRIER_BYTES * BARRIER_BYTES not in block.barriers  # nothing else lies there
     return block.memory[place : place + size].view(dtype)
 
 

@@ -101,7 +101,7 @@ def test_ptx_of_shares(tmp_path: Path) -> None:
 def test_a_block_fits(bits: int, group_size: int, inputs: int) -> None:
     """And so do its results, in the place of all else, and the outliers of a usual run."""
     spec = ManySpec(UnitSpec(bits, bits, group_size), True, inputs, torch.float16)
-    assert 4 * inputs * spec.result_floats <= spec.bytes <= SHARED_BYTES
+    assert 128 + 4 * inputs * spec.result_floats <= spec.bytes <= SHARED_BYTES
     assert spec.run_bytes >= 1024
 
 
