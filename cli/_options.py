@@ -246,8 +246,8 @@ calibration_options = _apply(
             metavar="DATASET",
             multiple=True,
             help="Calibration text: a .txt, .jsonl, .safetensors, .npy or .pt file, a folder of"
-            " text files, or wikitext2, ptb, c4, pajama, refinedweb; of several, each has as many"
-            " of the windows.  [repeatable; default: Python's manual]",
+            " text files, or wikitext2, ptb, c4, pajama, refinedweb; given several, windows are"
+            " taken from each in turn.  [repeatable; default: Python's manual]",
         ),
         click.option("--nsamples", default=128, show_default=True, help="Calibration windows."),
         seqlen_option,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spqr_numba.config import DEFAULT_BITS
+from spqr_numba.config import CHOSEN_FIELDS, DEFAULT_BITS
 
 from ._command import Cell, Command, Interrupted, echo_table, emit, format_bytes, progress_bar
 from ._options import (
@@ -76,8 +76,8 @@ __all__ = ["compress"]
 @click.option(
     "--per-layer/--no-per-layer",
     default=True,
-    help="With --target-bits: choose all of that for each layer, or its outlier threshold"
-    " alone.  [default: per layer]",
+    help="With --target-bits: choose all of these for each layer, or outlier thresholds alone."
+    "  [default: per layer]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:
@@ -91,9 +91,22 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
     if out is None:
         raise click.UsageError("missing argument 'OUT', the folder to write")
     options["target_bits"] = target_bits_from(options)
+    _check_choice(options)
     config = config_from(options)
     report = _compress(model, Path(out).expanduser(), config, options)
     emit(report.to_dict(), as_json, lambda: _show(report, options["target_bits"]))
+
+
+def _check_choice(options: dict[str, Any]) -> None:
+    """Refuse a setting for all layers that is to be chosen for each of them."""
+    if options["target_bits"] is None or not options["per_layer"]:
+        return
+    for name in CHOSEN_FIELDS:
+        if options[name] is not None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} says what all layers get, and --target-bits chooses it"
+                " for each: leave one of them out, or add --no-per-layer"
+            )
 
 
 def _compress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -24,14 +25,20 @@ SHOWN = 300  # characters of a window
 @click.command(cls=Command)
 @click.argument("model", required=False)
 @click.argument("file", required=False)
-@click.option("--nsamples", default=256, show_default=True, help="Windows to write.")
+@click.option(
+    "--nsamples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Windows to write.",
+)
 @seqlen_option
 @click.option("--seed", default=0, show_default=True, help="Of the random choice.")
 @device_option
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Windows written at once.  [default: 32, on a GPU as many as it has room for]",
+    help="Windows written at once.  [default: 32, on a GPU 256 if it has room]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 def write(
@@ -89,13 +96,21 @@ def _checked(file: str | None, overwrite: bool) -> Path:
     """The path of a file that may be written."""
     if file is None:
         raise click.UsageError("name the FILE.safetensors to write")
-    path = Path(file)
+    path = Path(file).expanduser()
     if path.suffix != SUFFIX:
-        raise click.UsageError(f"{file} does not end in {SUFFIX}, in which tokens are kept")
+        raise click.UsageError(
+            f"the file to write must end in {SUFFIX}, and {file} does not: spqr write MODEL"
+            f" FILE{SUFFIX}"
+        )
+    if path.is_dir():
+        raise click.UsageError(f"{file} is a folder; name a file")
     if path.exists() and not overwrite:
         raise click.UsageError(f"{file} exists; --overwrite replaces it")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise click.UsageError(f"there is no folder {path.parent} to write {path.name} into")
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"nothing may be written into the folder {folder}")
     return path
 
 

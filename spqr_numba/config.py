@@ -293,8 +293,8 @@ near-lossless 4-bit one stay what they are."""
 
 DEFAULT_PRESET = "balanced"
 DEFAULT_BITS = 3.9
-"""What is done where nobody says otherwise: so many bits a weight, for which bits, group size and
-outlier threshold are chosen layer by layer, and all else as the preset has it."""
+"""What is done where nobody says otherwise: so many bits a weight, for which CHOSEN_FIELDS
+are chosen layer by layer, and all else as the preset has it."""
 
 CHOSEN_FIELDS = ("bits", "group_size", "scale_bits", "zero_bits", "outlier_threshold")
 """What a number of bits a weight leaves to be chosen layer by layer."""

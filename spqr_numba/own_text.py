@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .decoding import Steps, cache_length, make_cache, prefill
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .sampling import Sampling
 
 __all__ = ["own_text"]
@@ -41,52 +41,63 @@ def own_text(
     batch_size  windows written at once; None: 32 on a CPU and 256 on a GPU, halved until they fit
     progress    gets the number of tokens written since it was last called
 
-    Raises DataError where no window would hold a token that the model chose, NumericsError where
-    its output is not finite.
+    Raises DataError where no window would hold a token that the model chose, ConfigError for a
+    batch of none, NumericsError where what it predicts behind the first tokens is not finite.
     """
-    begun = first_tokens(model, tokenizer, windows, seed)
-    if windows < 1 or length <= begun.shape[1]:
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    start = tokenizer("")["input_ids"]
+    if windows < 1 or length < len(start) + 2:
         raise DataError(
             f"{windows} windows of {length} tokens were asked for; at least one of"
-            f" {begun.shape[1] + 1} is needed"
+            f" {len(start) + 2} is needed"
         )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; at least one window is written at once")
+    starts = torch.tensor([start] * windows, dtype=torch.int64)
+    begun = torch.cat([starts, _words(tokenizer, known, windows, seed)], dim=1)
     rows = min(batch_size or ROWS[model.device.type], windows)
     written: list[torch.Tensor] = []
-    while (start := sum(map(len, written))) < windows:
-        try:
-            part = _continued(model, begun[start : start + rows], length, seed + start, progress)
-        except torch.OutOfMemoryError:
-            if rows == 1 or batch_size is not None:
-                raise
-            rows //= 2
-            torch.cuda.empty_cache()
-            logger.info("the GPU has no room for more: %d windows are written at once", rows)
+    while (done := sum(map(len, written))) < windows:
+        given = begun[done : done + rows], length, known, seed + done
+        part = _if_it_fits(model, *given, progress, must=rows == 1 or batch_size is not None)
+        if part is not None:
+            written.append(part)
             continue
-        written.append(part)
+        rows //= 2
+        logger.info("the GPU has no room for more: %d windows are written at once", rows)
     return torch.cat(written)
 
 
-def first_tokens(model: Any, tokenizer: Any, windows: int, seed: int) -> torch.Tensor:
-    """What stands at the beginning of any text, and one token at random: int64 [windows, T]."""
+def _if_it_fits(model: Any, *given: Any, must: bool) -> torch.Tensor | None:
+    """What `_continued` returns; None where memory is short, unless it must fit."""
+    try:
+        return _continued(model, *given)
+    except torch.OutOfMemoryError:
+        if must:
+            raise
+    torch.cuda.empty_cache()  # here, where nothing holds what was taken
+    return None
+
+
+def _words(tokenizer: Any, known: int, windows: int, seed: int) -> torch.Tensor:
+    """Tokens at random, none of the special ones: int64 [windows, 1]."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     words = torch.tensor([token for token in range(known) if token not in special])
     generator = torch.Generator().manual_seed(seed)
-    chosen = words[torch.randint(len(words), (windows, 1), generator=generator)]
-    start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.int64)
-    return torch.cat([start.expand(windows, -1), chosen], dim=1)
+    return words[torch.randint(len(words), (windows, 1), generator=generator)]
 
 
 def _continued(
     model: Any,
     begun: torch.Tensor,
     length: int,
+    known: int,
     seed: int,
     progress: Callable[[int], object] | None,
 ) -> torch.Tensor:
     """The windows begun [B, T], as long as they are to be: int64 [B, length]."""
     on_gpu = model.device.type == "cuda"
-    choose = Sampling(temperature=1.0, seed=seed).chooser(model.device)
+    choose = Sampling(temperature=1.0, seed=seed).chooser(model.device, known)
     cache = make_cache(model, cache_length(length, compiled=False), static=on_gpu)
     logits, state = prefill(model, begun.to(model.device), None, cache)
     chosen = choose(logits)

@@ -42,9 +42,9 @@ class Sampling:
                 " set a temperature above 0"
             )
 
-    def chooser(self, device: torch.device) -> Chooser:
-        """The choice as a function of logits on `device`."""
-        return Chooser(self, device)
+    def chooser(self, device: torch.device, known: int | None = None) -> Chooser:
+        """The choice as a function of logits on `device`, among the first `known` tokens."""
+        return Chooser(self, device, known)
 
 
 class Chooser:
@@ -53,14 +53,16 @@ class Chooser:
     generator   where the choice gets its random numbers; None for the greedy one
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, device: torch.device, known: int | None = None) -> None:
         self.generator: torch.Generator | None = None
+        self._known = known
         if sampling.temperature > 0:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
             self._warpers = _warpers(sampling)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [B, 1] for logits [B, V]."""
+        logits = logits[:, : self._known]
         if self.generator is None:
             return logits.argmax(dim=-1, keepdim=True)
         # The smallest of exponential variables of rates p falls on each token with probability p;

@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from spqr_numba import own_text as room
-from spqr_numba.errors import DataError, NumericsError
+from spqr_numba.errors import ConfigError, DataError, NumericsError
 from spqr_numba.own_text import own_text
 
 from .tiny import byte_tokenizer, tiny_llama
@@ -78,10 +78,22 @@ def test_fewer_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) ->
         own_text(model, tokenizer, 8, 6, batch_size=8)
 
 
-@pytest.mark.parametrize(("windows", "length"), [(0, 8), (3, 1)])
+def test_no_token_that_the_tokenizer_does_not_have() -> None:
+    windows = own_text(tiny_llama(vocab_size=320), byte_tokenizer(), 40, 24)
+    assert 240 < windows.max() <= END
+    model = tiny_llama(vocab_size=200)
+    assert own_text(model, byte_tokenizer(), 40, 24).max() < 200
+
+
+@pytest.mark.parametrize(("windows", "length"), [(0, 8), (-1, 8), (3, 1)])
 def test_too_little_to_write(windows: int, length: int) -> None:
     with pytest.raises(DataError, match=f"{windows} windows of {length} tokens"):
         own_text(tiny_llama(), byte_tokenizer(), windows, length)
+
+
+def test_no_batch() -> None:
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        own_text(tiny_llama(), byte_tokenizer(), 3, 8, batch_size=0)
 
 
 def test_a_broken_model() -> None:

@@ -55,7 +55,7 @@ class SweepPoint:
     nats            name of a text -> nats a token from the dense model's predictions; None where
                     that was not measured beside it
     target_bits     that the thresholds of all layers were chosen for (`compress`), or None
-    per_layer       whether bits and group size of each layer were, too
+    per_layer       whether bits, group size and the bits of scales and zeros of each were, too
     """
 
     name: str

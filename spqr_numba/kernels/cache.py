@@ -6,8 +6,8 @@
                       the kernel's name in it, and the code, as the driver loads it
 
 whose digest is of all that the code depends on but the sources: who made the kernel and of what,
-its arguments' types, the GPU's generation, and the compilers' versions. Numba's own cache cannot
-keep kernels that close over device functions, as all of ours do.
+its arguments' types, the GPU's generation, and the compilers, their versions and options. Numba's
+own cache cannot keep kernels that close over device functions, as all of ours do.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ import os
 import re
 from contextlib import suppress
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numba
 
 __all__ = ["Cubin", "cubin_of", "kernel_cache"]
 
 PACKAGE = Path(__file__).parent.parent
+COMPILERS = (
+    "numba",
+    "llvmlite",
+    "numba-cuda",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-nvrtc",
+)
 MARK = b"\n"
 
 
@@ -32,7 +41,7 @@ MARK = b"\n"
 def kernel_cache() -> Path | None:
     """~/.cache/spqr_numba/<digest of the sources>, made if need be; None where it cannot be."""
     root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root or Path.home() / ".cache") / "spqr_numba" / source_digest()
+    folder = Path(root or Path.home() / ".cache") / "spqr_numba" / first_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -46,6 +55,12 @@ def source_digest() -> str:
     for source in sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("format/*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def first_digest() -> str:
+    """That of the sources as this process found them."""
+    return source_digest()
 
 
 class Cubin(NamedTuple):
@@ -68,14 +83,13 @@ def cubin_of(make: partial, signature: tuple[Any, ...], capability: tuple[int, i
     found = _read(path)
     if found is None:
         found = _compiled(make, signature)
-        _write(path, found)
+        if source_digest() == first_digest():  # else the sources are edited while this runs
+            _write(path, found)
     return found
 
 
 def _key(make: partial, signature: tuple[Any, ...], capability: tuple[int, int]) -> str:
     """Raises ValueError where `make` has an argument that only this process tells apart."""
-    from numba_cuda import __version__ as numba_cuda_version
-
     parts = (
         make.func.__module__,
         make.func.__qualname__,
@@ -83,13 +97,28 @@ def _key(make: partial, signature: tuple[Any, ...], capability: tuple[int, int])
         sorted(make.keywords.items()),
         [str(argument) for argument in signature],
         capability,
-        numba.__version__,
-        numba_cuda_version,
+        _compilers(),
     )
     text = repr(parts)
     if re.search(r" at 0x[0-9a-f]+>", text):
         raise ValueError(f"{text} has no name that outlives this process")
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _compilers() -> tuple[str | None, ...]:
+    """Their versions, None where one is not a package here, and Numba's options."""
+    from numba.cuda.core import config
+
+    options = (config.OPT, config.CUDA_DEBUGINFO_DEFAULT, config.FORCE_CUDA_CC)
+    return (*map(_version, COMPILERS), *map(str, options))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _compiled(make: partial, signature: tuple[Any, ...]) -> Cubin:

@@ -104,15 +104,14 @@ def prepared_launch(
     On what is torch's current stream now. Numba looks at every array at every launch, and at twenty
     it looks longer than such a kernel runs; here it does so once.
     """
-    from cuda.core import LaunchConfig, ObjectCode, launch
+    from cuda.core import LaunchConfig, launch
 
     kernel, given = make(), (*arguments, *[0] * more)
     signature = tuple(map(kernel.typeof_pyval, given))
-    cubin = cubin_of(make, signature, torch.cuda.get_device_capability(device))
     ready = flattened(signature, given)
     stream = kernel[grid, block, stream_of(device)].stream
     config = LaunchConfig(grid=grid, block=block)
-    function = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
+    _, function = loaded(make.func, make.args, signature, device)
 
     def launch_with(*integers: int) -> None:
         for place, integer in zip(ready[-more:], integers, strict=True):
@@ -120,6 +119,23 @@ def prepared_launch(
         launch(stream, config, function, *ready)
 
     return launch_with
+
+
+@cache
+def loaded(
+    factory: Callable[..., Any],
+    given: tuple[Any, ...],
+    signature: tuple[Any, ...],
+    device: torch.device,
+) -> tuple[Any, Any]:
+    """The kernel that factory(*given) returns, on a GPU: its code, which must stay, and itself."""
+    from cuda.core import ObjectCode
+
+    with torch.cuda.device(device):
+        capability = torch.cuda.get_device_capability(device)
+        cubin = cubin_of(partial(factory, *given), signature, capability)
+        code = ObjectCode.from_cubin(cubin.code)
+        return code, code.get_kernel(cubin.name)
 
 
 def flattened(signature: tuple[Any, ...], given: tuple[Any, ...]) -> list[Any]:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import CHOSEN_FIELDS, SpqrConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 __all__ = [
     "Curves",
@@ -216,7 +216,7 @@ class Target:
             reached = f"{low:.2f} bits and more" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
             raise ConfigError(
                 f"target_bits is {self.bits:g}, and these settings reach {reached} on this model;"
-                " aim there, or change bits, group_size or stats_group_size"
+                " aim there, or change bits, group_size or what statistics cost"
                 + ("" if self.per_layer else ", or choose them per layer (per_layer)")
             )
 
@@ -272,18 +272,30 @@ def curves_to_csv(curves: Curves) -> str:
 
 
 def read_curves(text: str) -> Curves:
-    """The curves of a curves.csv, as `curves_to_csv` wrote it."""
+    """The curves of a curves.csv, as `curves_to_csv` wrote it.
+
+    Raises CheckpointError for one that is damaged, or of another version.
+    """
     curves: dict[Layers, list[Option]] = {}
-    for line in csv.DictReader(io.StringIO(text)):
-        size, threshold = line["group_size"], line["outlier_threshold"]
-        option = Option(
-            bits=int(line["bits"]),
-            group_size=int(size) if size else None,
-            scale_bits=int(line["scale_bits"]),
-            zero_bits=int(line["zero_bits"]),
-            outlier_threshold=float(threshold) if threshold else None,
-            nbytes=float(line["nbytes"]),
-            loss=float(line["loss"]),
-        )
-        curves.setdefault(tuple(line["layers"].split()), []).append(option)
+    try:
+        for line in csv.DictReader(io.StringIO(text)):
+            curves.setdefault(tuple(line["layers"].split()), []).append(_option_of(line))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"what the options of layers are worth cannot be read ({error}): it is damaged or of"
+            " another version; start afresh"
+        ) from error
     return curves
+
+
+def _option_of(line: Mapping[str, str]) -> Option:
+    size, threshold = line["group_size"], line["outlier_threshold"]
+    return Option(
+        bits=int(line["bits"]),
+        group_size=int(size) if size else None,
+        scale_bits=int(line["scale_bits"]),
+        zero_bits=int(line["zero_bits"]),
+        outlier_threshold=float(threshold) if threshold else None,
+        nbytes=float(line["nbytes"]),
+        loss=float(line["loss"]),
+    )

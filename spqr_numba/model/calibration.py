@@ -9,7 +9,7 @@
 
 Only the named ones have a separate test split; the others give the same text for both. Windows are
 cut out of one long stream of tokens and never padded. Where several texts are given to calibrate
-on, each has as many of the windows, in turn.
+on, windows are taken from each in turn.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ __all__ = [
 
 DEFAULT_SEQLEN = 2048
 HELD_BACK_SHARE = 8  # one token in so many, the last ones, where some windows are held back
-Dataset = str | torch.Tensor | None
-"""Text (see the table above), or its tokens, int64 [n]."""
+Dataset = str | Path | torch.Tensor | None
+"""Text (see the table above), or its tokens: integers of any shape, read one after the other."""
 
 UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 TOKEN_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
 
 
-def load_tokens(dataset: str | None, tokenizer: Any, split: str = "train") -> torch.Tensor:
+def load_tokens(dataset: str | Path | None, tokenizer: Any, split: str = "train") -> torch.Tensor:
     """The tokens of `dataset` (see the table above): int64 [tokens].
 
     Raises DataError for an unknown name, a file that cannot be read, and tokens that `tokenizer`
@@ -63,10 +63,12 @@ def load_tokens(dataset: str | None, tokenizer: Any, split: str = "train") -> to
 
 def load_texts(datasets: Dataset | Sequence[Dataset], tokenizer: Any) -> list[torch.Tensor]:
     """The tokens of one dataset or of several: int64 [n] each. Raises as `load_tokens`."""
-    if datasets is None or isinstance(datasets, str | torch.Tensor):
+    if datasets is None or isinstance(datasets, str | Path | torch.Tensor):
         datasets = [datasets]
     return [
-        dataset if isinstance(dataset, torch.Tensor) else load_tokens(dataset, tokenizer)
+        _whole_numbers(dataset.flatten(), "the dataset")
+        if isinstance(dataset, torch.Tensor)
+        else load_tokens(dataset, tokenizer)
         for dataset in datasets or [None]
     ]
 
@@ -97,9 +99,14 @@ def sample_windows(
     int64 [nsamples, seqlen]; they may overlap. Raises DataError for a text of fewer than seqlen + 1
     tokens, and for fewer windows than texts.
     """
-    _check_counts(nsamples, seqlen, len(texts))
-    for tokens in texts:
-        _check_enough(len(tokens), seqlen + 1, f"windows of {seqlen}")
+    _check_counts(nsamples, seqlen)
+    if nsamples < len(texts):
+        raise DataError(
+            f"{nsamples} calibration windows were asked for, and each of {len(texts)} texts needs"
+            " one; give more windows or fewer texts"
+        )
+    for number, tokens in enumerate(texts, 1):
+        _check_enough(tokens, seqlen + 1, f"windows of {seqlen}", (number, len(texts)))
     return _draw(texts, nsamples, seqlen, random.Random(seed))
 
 
@@ -113,12 +120,17 @@ def sample_windows_apart(
     int64 [trained + held_back, seqlen]. Raises DataError for a text of fewer than 2 * (seqlen + 1)
     tokens, and for fewer windows than texts.
     """
-    _check_counts(min(trained, held_back), seqlen, len(texts))
+    _check_counts(min(trained, held_back), seqlen)
+    if min(trained, held_back) < len(texts):
+        raise DataError(
+            f"there are {trained} windows to train on and {held_back} that are held back, and each"
+            f" of {len(texts)} texts needs one of both; give more windows or fewer texts"
+        )
     least = seqlen + 1
     windows = f"windows of {seqlen}, some of them held back from a part of the text of their own,"
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for tokens in texts:
-        _check_enough(len(tokens), 2 * least, windows)
+    for number, tokens in enumerate(texts, 1):
+        _check_enough(tokens, 2 * least, windows, (number, len(texts)))
         end = len(tokens) - max(len(tokens) // HELD_BACK_SHARE, least)
         parts.append((tokens[:end], tokens[end:]))
     generator = random.Random(seed)
@@ -144,28 +156,31 @@ def consecutive_windows(
     A last, shorter window is left out. Raises DataError for fewer than seqlen tokens.
     """
     _check_counts(1 if limit is None else limit, seqlen)
-    _check_enough(len(tokens), seqlen, f"windows of {seqlen}")
+    _check_enough(tokens, seqlen, f"windows of {seqlen}")
     count = len(tokens) // seqlen
     return tokens[: count * seqlen].view(count, seqlen)[:limit]
 
 
-def _check_counts(windows: int, seqlen: int, texts: int = 1) -> None:
-    if windows < texts:
-        of = "text" if texts == 1 else f"{texts} texts"
-        raise DataError(f"{windows} windows of {of} were asked for; it takes at least {texts}")
+def _check_counts(windows: int, seqlen: int) -> None:
+    if windows < 1:
+        raise DataError(f"{windows} windows of text were asked for; at least 1 is needed")
     if seqlen < 2:
         raise DataError(f"seqlen is {seqlen}; a window needs at least 2 tokens")
 
 
-def _check_enough(tokens: int, needed: int, windows: str) -> None:
-    if tokens < needed:
+def _check_enough(
+    tokens: torch.Tensor, needed: int, windows: str, place: tuple[int, int] = (1, 1)
+) -> None:
+    if len(tokens) < needed:
+        number, texts = place
+        text = "the text" if texts == 1 else f"text {number} of {texts}"
         raise DataError(
-            f"the text has {tokens} tokens, and {windows} need at least {needed}; give more text or"
-            " a smaller seqlen"
+            f"{text} has {len(tokens)} tokens, and {windows} need at least {needed}; give more text"
+            " or a smaller seqlen"
         )
 
 
-def _read_text(dataset: str | None, split: str) -> str:
+def _read_text(dataset: str | Path | None, split: str) -> str:
     if dataset is None:
         return manual()
     path = Path(dataset)
@@ -173,10 +188,10 @@ def _read_text(dataset: str | None, split: str) -> str:
         return _read_folder(path)
     if path.is_file():
         return _read_file(path)
-    if dataset in HUB_TEXTS:
-        return hub_text(dataset, split)
+    if str(dataset) in HUB_TEXTS:
+        return hub_text(str(dataset), split)
     raise DataError(
-        f"{dataset!r} is neither a file, nor a folder, nor a known dataset"
+        f"{str(dataset)!r} is neither a file, nor a folder, nor a known dataset"
         f" ({', '.join(sorted(HUB_TEXTS))})"
     )
 
@@ -240,10 +255,14 @@ def _join(tokens: Any) -> torch.Tensor:
     return torch.cat([torch.as_tensor(part).flatten() for part in tokens])
 
 
-def _check_tokens(tokens: torch.Tensor, path: Path, vocabulary: int) -> torch.Tensor:
+def _whole_numbers(tokens: torch.Tensor, where: Path | str) -> torch.Tensor:
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise DataError(f"{path} holds {tokens.dtype}; tokens must be integers")
-    tokens = tokens.to(torch.int64)
+        raise DataError(f"{where} holds {tokens.dtype}; tokens must be integers")
+    return tokens.to(torch.int64)
+
+
+def _check_tokens(tokens: torch.Tensor, path: Path, vocabulary: int) -> torch.Tensor:
+    tokens = _whole_numbers(tokens, path)
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise DataError(
             f"{path} holds tokens {tokens.min().item()} ... {tokens.max().item()}, and the model's"

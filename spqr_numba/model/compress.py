@@ -121,7 +121,7 @@ def compress(
     config       settings, the same for all layers where no target_bits are given; None for those of
                  the preset "balanced" with 3.9 bits a weight, if no others, to aim at
     dataset      calibration text (calibration.py), or its tokens, int64 [n]; None for Python's
-                 manual; of several, each has as many of the windows
+                 manual; given several, windows are taken from each in turn
     nsamples     windows of calibration text
     seqlen       tokens a window; None is the model's context, 2048 at most
     seed         of the choice of windows, and of their order where they are trained on

@@ -256,6 +256,7 @@ def test_bad_models(
         (f"--target-bits 5 --override .:{NEAREST}", ["use_hessian=False has none"]),
         ("--target-bits 5 --no-per-layer --outlier-threshold inf", ["keeps no outliers"]),
         ("--target-bits 5 --override q_proj:bits=4", ["'q_proj' sets bits"]),
+        ("--dataset {tmp}/short.txt --dataset {tmp}/short.txt --nsamples 1", ["2 texts"]),
         ("--skip layers.9", ["layers.9"]),
     ],
 )
@@ -269,6 +270,17 @@ def test_bad_text_and_settings(
     out = tmp_path / "out"
     result = run(f"compress {dense} {out} {QUICK} {options.format(tmp=tmp_path)}")
     assert_refused(result, out, *messages)
+
+
+@pytest.mark.parametrize("flag", ["--bits 3", "--group-size 8", "--zero-bits 4"])
+def test_what_is_chosen_cannot_be_said_too(
+    run: Run, dense: Path, tmp_path: Path, flag: str
+) -> None:
+    out = tmp_path / "out"
+    result = run(f"compress {dense} {out} {flag} --target-bits 4")
+    assert result.exit_code == 2
+    assert f"{flag.split()[0]} says what all layers get" in result.stderr
+    assert not out.exists()
 
 
 def test_out_exists(run: Run, dense: Path, text: Path, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_settings_out_of_range_or_at_odds(line: str, message: str) -> None:
         ("", DEFAULT_BITS),
         ("--damping 0.2 --no-token-weights --skip o_proj", DEFAULT_BITS),
         ("--override q_proj:damping=1", DEFAULT_BITS),
-        ("--target-bits 4.5 --preset small --bits 2", 4.5),
+        ("--target-bits 4.5 --preset small --bits 2 --no-per-layer", 4.5),
         ("--preset balanced", None),
         ("--bits 3", None),
         ("--group-size row", None),

@@ -53,12 +53,13 @@ def test_a_file_that_exists(run: Run, dense: Path, tmp_path: Path) -> None:
     ("line", "code", "message"),
     [
         ("", 2, "name the FILE.safetensors"),
-        ("{dense} own.txt", 2, "does not end in .safetensors"),
+        ("{dense} own.txt", 2, "must end in .safetensors"),
         ("{dense} nowhere/own.safetensors", 2, "there is no folder nowhere"),
         ("nowhere {tmp}/own.safetensors", 1, "nowhere"),
         ("{dense} {tmp}/own.safetensors --seqlen 65", 1, "context is 64 tokens"),
         ("{dense} {tmp}/own.safetensors --seqlen 1", 1, "at least one of 2"),
-        ("{dense} {tmp}/own.safetensors --nsamples 0", 1, "0 windows"),
+        ("{dense} {tmp}/own.safetensors --nsamples 0", 2, "--nsamples"),
+        ("{dense}", 2, "spqr write MODEL FILE.safetensors"),
     ],
 )
 def test_bad_input(

@@ -69,6 +69,22 @@ def test_another_is_another(folder: Path) -> None:
 
 
 @needs_numba_cuda
+def test_other_compilers_compile_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cubin_of(partial(kernel, 3), ("int32",), (9, 0))
+    monkeypatch.setattr(cache, "_compilers", lambda: ("0.68.1", "13.6"))
+    cubin_of(partial(kernel, 3), ("int32",), (9, 0))
+    assert len(made) == len(list(folder.iterdir())) == 2
+
+
+@needs_numba_cuda
+def test_sources_edited_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "source_digest", lambda: "another")
+    cubin_of(partial(kernel, 3), ("int32",), (9, 0))
+    assert made
+    assert not list(folder.iterdir())
+
+
+@needs_numba_cuda
 @pytest.mark.parametrize("kept", [b"", b"no line", b"digest\nname\ncode"])
 def test_what_is_damaged_is_compiled_anew(folder: Path, kept: bytes) -> None:
     whole = cubin_of(partial(kernel, 3), ("int32",), (9, 0))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spqr_numba.config import SpqrConfig
-from spqr_numba.errors import ConfigError
+from spqr_numba.errors import CheckpointError, ConfigError
 from spqr_numba.model.budget import (
     Curves,
     Layers,
@@ -209,6 +209,13 @@ def test_curves_survive_the_csv_exactly() -> None:
     }
     assert read_curves(curves_to_csv(curves)) == curves
     assert read_curves("") == {}
+
+
+@pytest.mark.parametrize(("was", "instead"), [("scale_bits", "scale"), (",3,", ",three,")])
+def test_curves_that_cannot_be_read(was: str, instead: str) -> None:
+    text = curves_to_csv({FLAT: curve((8, 1))})
+    with pytest.raises(CheckpointError, match="damaged or of another version; start afresh"):
+        read_curves(text.replace(was, instead))
 
 
 NO_OUTLIERS = SpqrConfig(outlier_threshold=None)

@@ -142,19 +142,23 @@ def test_each_of_several_texts_has_as_many_windows() -> None:
     for low, high in ((0, 1000), (1000, 2000)):
         of_one = [part[(part >= low) & (part < high)] for part in (trained, held_back)]
         assert of_one[0].max() < of_one[1].min()
-    with pytest.raises(DataError, match="has 30 tokens, and windows of 30 need at least 31"):
+    with pytest.raises(DataError, match=r"text 2 of 2 has 30 tokens, .* at least 31"):
         sample_windows([TOKENS, other], 2, 30, 0)
-    with pytest.raises(DataError, match="1 windows of 2 texts were asked for; it takes at least 2"):
+    with pytest.raises(DataError, match=r"1 calibration windows .* each of 2 texts needs one"):
         sample_windows([TOKENS, other], 1, 10, 0)
-    with pytest.raises(DataError, match="1 windows of 2 texts were asked for; it takes at least 2"):
+    with pytest.raises(DataError, match="8 windows to train on and 1 that are held back"):
         sample_windows_apart([TOKENS, other], 8, 1, 10, 0)
 
 
 def test_several_datasets(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
-    one, two = load_texts([str(tmp_path / "a.txt"), TOKENS], TOKENIZER)
-    assert TOKENIZER.decode(one) == "hello"
-    assert two is TOKENS
+    one, two, three = load_texts(
+        [str(tmp_path / "a.txt"), tmp_path / "a.txt", TOKENS.view(4, 25).int()], TOKENIZER
+    )
+    assert TOKENIZER.decode(one) == TOKENIZER.decode(two) == "hello"
+    assert torch.equal(three, TOKENS)
+    with pytest.raises(DataError, match=r"holds torch\.float32; tokens must be integers"):
+        load_texts(TOKENS.float(), TOKENIZER)
     for alone in (None, ()):
         assert torch.equal(load_texts(alone, TOKENIZER)[0], load_tokens(None, TOKENIZER))
 
