@@ -216,7 +216,7 @@ class Target:
             reached = f"{low:.2f} bits and more" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
             raise ConfigError(
                 f"target_bits is {self.bits:g}, and these settings reach {reached} on this model;"
-                " aim there, or change bits, group_size or what statistics cost"
+                " aim there, or change bits, group_size, scale_bits, zero_bits or stats_group_size"
                 + ("" if self.per_layer else ", or choose them per layer (per_layer)")
             )
 
