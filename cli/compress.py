@@ -10,7 +10,16 @@ import click
 
 from spqr_numba.config import CHOSEN_FIELDS, DEFAULT_BITS
 
-from ._command import Cell, Command, Interrupted, echo_table, emit, format_bytes, progress_bar
+from ._command import (
+    Cell,
+    Command,
+    Interrupted,
+    echo_table,
+    emit,
+    format_bytes,
+    note,
+    progress_bar,
+)
 from ._options import (
     calibration_options,
     config_from,
@@ -93,6 +102,11 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
     options["target_bits"] = target_bits_from(options)
     _check_choice(options)
     config = config_from(options)
+    if model is not None and config.use_hessian and not options["dataset"]:
+        note(
+            "calibrating on Python's manual: give --dataset text like what the model is used for,"
+            " or let it write some (spqr write)"
+        )
     report = _compress(model, Path(out).expanduser(), config, options)
     emit(report.to_dict(), as_json, lambda: _show(report, options["target_bits"]))
 

@@ -75,6 +75,29 @@ def test_results_on_stdout_progress_on_stderr(
     assert "compressing" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("", True), ("--dataset {text}", False), ("--preset paper", True), ("--nearest", False)],
+)
+def test_what_it_calibrates_on_is_said_where_nobody_did(
+    run: Run,
+    dense: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: str,
+    said: bool,
+) -> None:
+    def fake(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress_module, "compress", fake)
+    result = run(f"compress {dense} {tmp_path / 'out'} {options.format(text=text)}")
+    assert ("calibrating on Python's manual" in result.stderr) == said
+    alone = run(f"compress {tmp_path / 'out'}")  # the bundled model was trained on it
+    assert "manual" not in alone.stderr
+
+
 def test_tuning_is_said_and_shown(run: Run, dense: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = (
