@@ -512,8 +512,8 @@ def test_the_bundled_model_comes_to_the_bits_aimed_at(bits: float, tmp_path: Pat
 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_what_a_target_chose_is_stored(per_layer: bool, folder_of: FolderOf, run: Run) -> None:
-    out = run(folder_of("llama"), TARGET, target_bits=4.9, per_layer=per_layer)
-    assert bits_of(out) == pytest.approx(4.9, rel=0.02)  # 14 layers, and steps as large as one's
+    out = run(folder_of("llama"), TARGET, target_bits=4.6, per_layer=per_layer)
+    assert bits_of(out) == pytest.approx(4.6, rel=0.02)  # 14 layers, and steps as large as one's
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     del quantization["quant_method"], quantization["format_version"]
     stored = SpqrConfig.from_dict(quantization)
@@ -525,7 +525,7 @@ def test_what_a_target_chose_is_stored(per_layer: bool, folder_of: FolderOf, run
         columns = ("code_bits", *CHOSEN_FIELDS[1:])
         assert [str(setting or "") for setting in settings] == [row[name] for name in columns]
         chosen.add(settings)
-    assert len(chosen) > 1
+    assert len(chosen) > 2
     model, _ = load_model(str(out))
     twin = dense_twin(model, folder_of("llama"))
     torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)

@@ -15,7 +15,6 @@ from spqr_numba.model.blocks import plan
 from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.report import Clock
 from spqr_numba.model.survey import (
-    CANDIDATES,
     Sample,
     Told,
     _alike,
@@ -93,16 +92,17 @@ def test_candidates() -> None:
     assert candidates(CONFIG, per_layer=False) == [CONFIG]
     found = candidates(replace(CONFIG, bits=5, group_size=64), per_layer=True)
     assert [(c.bits, c.group_size, c.scale_bits, c.zero_bits) for c in found] == [
-        (5, 64, 3, 3), *((bits, size, both, both) for bits, size, both in CANDIDATES)
+        (5, 64, 3, 3), (2, 32, 3, 3), (2, 16, 3, 3), (3, 32, 3, 3), (3, 32, 4, 4), (3, 16, 3, 3),
+        (3, 16, 4, 4), (4, 32, 4, 4), (4, 16, 4, 4), (4, 8, 4, 4),
     ]  # fmt: skip
-    assert len(candidates(CONFIG, per_layer=True)) == len(CANDIDATES)
+    assert len(candidates(CONFIG, per_layer=True)) == 9
 
 
 def test_options_without_outliers() -> None:
     sample, _ = sample_of(16)
     config = replace(CONFIG, outlier_threshold=None)
     options = sample.options(config, per_layer=True)
-    assert len(options) == len(CANDIDATES)
+    assert len(options) == 9
     assert all(option.outlier_threshold is None for option in options)
 
 
