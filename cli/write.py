@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from ._command import Cell, Command, echo_table, emit, progress_bar
 from ._options import device_option, seqlen_option
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["write"]
 
@@ -62,6 +57,9 @@ def write(
         model, file = None, model
     path = _checked(file, overwrite)
 
+    from safetensors.torch import save_file
+
+    from spqr_numba.files import write_whole
     from spqr_numba.model.calibration import window_length
     from spqr_numba.model.integration import load_model
     from spqr_numba.own_text import own_text
@@ -80,7 +78,7 @@ def write(
             progress=bar.update,
         )
     seconds = time.perf_counter() - started
-    _save(windows, path)
+    write_whole(path, lambda to: save_file({"tokens": windows.int()}, to))
     result: dict[str, Cell] = {
         "windows": nsamples,
         "tokens": windows.numel(),
@@ -112,16 +110,6 @@ def _checked(file: str | None, overwrite: bool) -> Path:
     if not os.access(folder, os.W_OK):
         raise click.UsageError(f"nothing may be written into the folder {folder}")
     return path
-
-
-def _save(windows: torch.Tensor, path: Path) -> None:
-    """At once or not at all."""
-    import torch
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".spqr-") as folder:
-        save_file({"tokens": windows.to(torch.int32)}, Path(folder) / path.name)
-        (Path(folder) / path.name).replace(path)
 
 
 def _show(result: dict[str, Cell], begins: str) -> None:

@@ -19,6 +19,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import write_whole
 
 __all__ = [
     "DENSE",
@@ -144,9 +145,7 @@ class SweepFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file that is never seen half-written."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def read_sweep(folder: Path | str) -> list[SweepPoint]:

@@ -17,9 +17,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
+from ..files import sync, write_whole
 from .source import CONFIG_FILE, INDEX_FILE
 
 __all__ = ["CheckpointWriter", "WriteBehind", "amended", "check_free"]
@@ -106,7 +106,9 @@ class CheckpointWriter:
     def write_text(self, name: str, text: str) -> None:
         """Write the small file `name`, at once and whole."""
         with self._reported(f"write {name}"):
-            _replace(self.partial / name, lambda path: path.write_text(text, encoding="utf-8"))
+            write_whole(
+                self.partial / name, lambda to: to.write_text(text, encoding="utf-8"), wait=True
+            )
 
     def read_text(self, name: str) -> str:
         """What `write_text` wrote, in this run or the one that it continues; "" if nothing."""
@@ -136,7 +138,7 @@ class CheckpointWriter:
             path.unlink()
         with self._reported("finish"):
             for path in self.partial.iterdir():
-                _sync(path)
+                sync(path)
             _move_into_place(self.partial, self.out)
             (self.out / PROGRESS_FILE).unlink()
 
@@ -181,7 +183,7 @@ class CheckpointWriter:
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], *, wait: bool = True) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with self._reported(f"write {path.name}"):
-            _replace(path, lambda to: save_file(contiguous, to, metadata={"format": "pt"}), wait)
+            write_whole(path, lambda to: save_file(contiguous, to, metadata={"format": "pt"}), wait)
 
     def _index(self) -> dict[str, Any]:
         weight_map: dict[str, str] = {}
@@ -251,28 +253,10 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} is a file, and a model is a folder; choose another name")
 
 
-def _replace(path: Path, write: Callable[[Path], object], wait: bool = True) -> None:
-    """write(temporary path), wait until it is on the disk, rename: never half-written at `path`."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    if wait:
-        _sync(temporary)
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _move_into_place(whole: Path, out: Path) -> None:
     """Rename `whole` to `out`; a folder that is there goes only when the new one has its place."""
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as old:
         if out.exists():
             out.rename(Path(old) / out.name)
         whole.rename(out)
-        _sync(out.parent)
+        sync(out.parent)

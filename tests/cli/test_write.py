@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -47,6 +48,20 @@ def test_a_file_that_exists(run: Run, dense: Path, tmp_path: Path) -> None:
     assert file.read_text() == "precious"
     assert run(f"{line} --overwrite").exit_code == 0
     assert load_file(file)["tokens"].shape == (2, 8)
+
+
+def test_a_disk_that_fills_up(
+    run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: dict[str, Any], to: Path) -> None:
+        to.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    result = run(f"write {dense} {tmp_path / 'own.safetensors'} --nsamples 2 --seqlen 8")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""Files that are never seen half-written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["sync", "write_whole"]
+
+
+def write_whole(path: Path, write: Callable[[Path], object], wait: bool = False) -> None:
+    """write(a path beside it), then rename; with `wait`, not before it is on the disk.
+
+    What could not be written whole is not left there either.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        if wait:
+            sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
