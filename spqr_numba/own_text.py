@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .decoding import Steps, cache_length, make_cache, prefill
+from .decoding import Steps, make_cache, prefill
 from .errors import ConfigError, DataError
 from .sampling import Sampling
 
@@ -98,16 +98,13 @@ def _continued(
     """The windows begun [B, T], as long as they are to be: int64 [B, length]."""
     on_gpu = model.device.type == "cuda"
     choose = Sampling(temperature=1.0, seed=seed).chooser(model.device, known)
-    cache = make_cache(model, cache_length(length, compiled=False), static=on_gpu)
+    cache = make_cache(model, length, static=on_gpu)
     logits, state = prefill(model, begun.to(model.device), None, cache)
     chosen = choose(logits)
     columns = [chosen[:, 0].tolist()]
-    count = length - begun.shape[1] - 1
-    told = (begun.shape[1] + 1) * len(begun)
-    for column in Steps(state, chosen, choose, count, graph=on_gpu):
+    tell = progress or (lambda tokens: None)
+    tell((begun.shape[1] + 1) * len(begun))
+    for column in Steps(state, chosen, choose, length - begun.shape[1] - 1, graph=on_gpu):
         columns.append(column)
-        told += len(begun)
-        if progress:
-            progress(told)
-            told = 0
+        tell(len(begun))
     return torch.cat([begun, torch.tensor(columns).T], dim=1)

@@ -105,8 +105,7 @@ def sample_windows(
             f"{nsamples} calibration windows were asked for, and each of {len(texts)} texts needs"
             " one; give more windows or fewer texts"
         )
-    for number, tokens in enumerate(texts, 1):
-        _check_enough(tokens, seqlen + 1, f"windows of {seqlen}", (number, len(texts)))
+    _check_enough(texts, seqlen + 1, f"windows of {seqlen}")
     return _draw(texts, nsamples, seqlen, random.Random(seed))
 
 
@@ -128,14 +127,13 @@ def sample_windows_apart(
         )
     least = seqlen + 1
     windows = f"windows of {seqlen}, some of them held back from a part of the text of their own,"
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for number, tokens in enumerate(texts, 1):
-        _check_enough(tokens, 2 * least, windows, (number, len(texts)))
-        end = len(tokens) - max(len(tokens) // HELD_BACK_SHARE, least)
-        parts.append((tokens[:end], tokens[end:]))
+    _check_enough(texts, 2 * least, windows)
     generator = random.Random(seed)
-    before = _draw([part[0] for part in parts], trained, seqlen, generator)
-    return torch.cat([before, _draw([part[1] for part in parts], held_back, seqlen, generator)])
+    lasts = [max(len(tokens) // HELD_BACK_SHARE, least) for tokens in texts]
+    firsts = [tokens[:-last] for tokens, last in zip(texts, lasts, strict=True)]
+    before = _draw(firsts, trained, seqlen, generator)
+    behind = [tokens[-last:] for tokens, last in zip(texts, lasts, strict=True)]
+    return torch.cat([before, _draw(behind, held_back, seqlen, generator)])
 
 
 def _draw(
@@ -156,7 +154,7 @@ def consecutive_windows(
     A last, shorter window is left out. Raises DataError for fewer than seqlen tokens.
     """
     _check_counts(1 if limit is None else limit, seqlen)
-    _check_enough(tokens, seqlen, f"windows of {seqlen}")
+    _check_enough([tokens], seqlen, f"windows of {seqlen}")
     count = len(tokens) // seqlen
     return tokens[: count * seqlen].view(count, seqlen)[:limit]
 
@@ -168,16 +166,14 @@ def _check_counts(windows: int, seqlen: int) -> None:
         raise DataError(f"seqlen is {seqlen}; a window needs at least 2 tokens")
 
 
-def _check_enough(
-    tokens: torch.Tensor, needed: int, windows: str, place: tuple[int, int] = (1, 1)
-) -> None:
-    if len(tokens) < needed:
-        number, texts = place
-        text = "the text" if texts == 1 else f"text {number} of {texts}"
-        raise DataError(
-            f"{text} has {len(tokens)} tokens, and {windows} need at least {needed}; give more text"
-            " or a smaller seqlen"
-        )
+def _check_enough(texts: Sequence[torch.Tensor], needed: int, windows: str) -> None:
+    for number, tokens in enumerate(texts, 1):
+        if len(tokens) < needed:
+            text = "the text" if len(texts) == 1 else f"text {number} of {len(texts)}"
+            raise DataError(
+                f"{text} has {len(tokens)} tokens, and {windows} need at least {needed}; give more"
+                " text or a smaller seqlen"
+            )
 
 
 def _read_text(dataset: str | Path | None, split: str) -> str:
