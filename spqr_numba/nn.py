@@ -15,9 +15,9 @@ from .kernels.dequantize import dequantize
 from .kernels.matmul import matmul
 from .kernels.prepared import PreparedMatrix, can_prepare, prepare
 from .kernels.siblings import join, kinship
-from .operators import Weight, describe, needs_operator, remember
+from .operators import Weight, describe, needs_operator, numbered, remember
 
-__all__ = ["SpqrLinear", "join_siblings"]
+__all__ = ["ByNumber", "SpqrLinear", "join_siblings"]
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
 PREPARED_ON: tuple[str, ...] = ("cuda",)  # kinds of device whose product reads a PreparedMatrix
@@ -32,6 +32,8 @@ class SpqrLinear(nn.Module):
     buffers are those of a PreparedMatrix instead, and `state_dict` still gives the matrix's. bias
     [out_features] is a parameter, or None.
     """
+
+    number: tuple[list[torch.Tensor], str] | None = None  # while ByNumber has it set
 
     def __init__(self, matrix: SpqrMatrix, bias: torch.Tensor | None = None) -> None:
         """Raises InputError for a bias of another shape than [out_features]."""
@@ -129,6 +131,8 @@ class SpqrLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
             bias = None if bias is None else bias.to(x.dtype)
         if needs_operator(x, bias):
+            if self.number is not None:
+                return torch.ops.spqr_numba.matmul(x, *self.number, bias)
             buffers = list(self._buffers.values())
             return torch.ops.spqr_numba.matmul(x, buffers, self.layout, bias)
         return matmul(x, self._weight(), bias)
@@ -184,3 +188,22 @@ def join_siblings(block: nn.Module) -> None:
             parts = join([weight for _, weight in siblings])
             for (layer, _), part in zip(siblings, parts, strict=True):
                 layer._hold(part)
+
+
+class ByNumber:
+    """`with ByNumber(block):` what is traced of its products fits weights of other settings too.
+
+    May be entered again and again, as long as no layer gets another weight.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        layers = [layer for layer in block.modules() if isinstance(layer, SpqrLinear)]
+        self._numbers = [(vars(layer), numbered(layer._weight())) for layer in layers]
+
+    def __enter__(self) -> None:
+        for attributes, number in self._numbers:
+            attributes["number"] = number
+
+    def __exit__(self, *_: object) -> None:
+        for attributes, _number in self._numbers:
+            del attributes["number"]

@@ -9,6 +9,10 @@ A weight travels as its buffers and a string that says what they are, so that a 
 nothing but tensors and constants. The gradient goes to x (grad_y W_hat) and to the bias; the weight
 has none. An operator costs 10 to 20 microseconds a call, which `needs_operator` helps to save.
 
+Code compiled with such a string is of use for weights of the same settings only. Where one block's
+code is to serve blocks of other settings (compiled/blocks.py), a weight travels as its number
+instead, a tensor on the CPU, and the string says no more than its shape and its place in a whole.
+
 `matmul_fused` is what passes (compiled/passes.py) make of a product, or of those of one x with all
 parts of a whole (kernels/siblings.py), their outputs side by side; biases are one a part, or none.
 With `beside`, x is given as it was before a norm or a gate (kernels/feed.py). It has no gradient,
@@ -35,7 +39,7 @@ from .kernels.matmul import matmul
 from .kernels.prepared import PreparedMatrix
 from .kernels.siblings import whole_of
 
-__all__ = ["Layout", "Weight", "describe", "needs_operator", "parse", "remember"]
+__all__ = ["Layout", "Weight", "describe", "needs_operator", "numbered", "parse", "remember"]
 
 Weight = SpqrMatrix | PreparedMatrix
 FORMS: Mapping[str, type[Weight]] = {cls.__name__: cls for cls in (SpqrMatrix, PreparedMatrix)}
@@ -43,6 +47,9 @@ FORMS: Mapping[str, type[Weight]] = {cls.__name__: cls for cls in (SpqrMatrix, P
 # Kernels remember under a weight's object what they made of it, so the object has to be found again
 # from the buffers. It lives as long as the layer that holds it.
 _known: WeakValueDictionary[tuple[str | int, ...], Weight] = WeakValueDictionary()
+_numbered: WeakValueDictionary[int, Weight] = WeakValueDictionary()
+
+NUMBERED = "number"  # the form of a weight that travels as its number
 
 
 def needs_operator(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
@@ -56,31 +63,47 @@ def needs_operator(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
 class Layout(NamedTuple):
     """What buffers are: their names, in order, and the form and spec of the weight that they make.
 
-    Of a part, whole_rows has its whole, in which it begins at first_row; else both are 0.
+    Of a part, whole_rows has its whole, in which it begins at first_row; else both are 0. Of the
+    form NUMBERED, the one buffer is the weight's number, and spec is None.
     """
 
     form: str
-    spec: MatrixSpec
+    out_features: int
+    in_features: int
     names: tuple[str, ...]
+    spec: MatrixSpec | None
     first_row: int
     whole_rows: int
 
 
 def describe(weight: Weight) -> str:
     """The Layout of a weight as a string."""
-    form, names, place = type(weight).__name__, tuple(weight.tensors), (0, 0)
+    return _text(weight, type(weight).__name__, tuple(weight.tensors), weight.spec)
+
+
+def numbered(weight: Weight) -> tuple[list[torch.Tensor], str]:
+    """A number as a weight's only buffer, [1] int64, and its Layout; both for as long as it lives.
+
+    Weights of one shape and one place in their wholes have equal Layouts.
+    """
+    _numbered[id(weight)] = weight
+    return [torch.tensor([id(weight)])], _text(weight, NUMBERED, (NUMBERED,), None)
+
+
+def _text(weight: Weight, form: str, names: tuple[str, ...], spec: MatrixSpec | None) -> str:
+    shape, place = (weight.spec.out_features, weight.spec.in_features), (0, 0)
     if isinstance(weight, PreparedMatrix) and weight.whole is not None:
         place = weight.first_row, weight.whole.spec.out_features
-    layout = Layout(form, weight.spec, names, *place)
-    return json.dumps(layout._asdict() | {"spec": asdict(weight.spec)})
+    fields = Layout(form, *shape, names, spec, *place)._asdict()
+    return json.dumps(fields | {"spec": spec and asdict(spec)})
 
 
 @cache
 def parse(text: str) -> Layout:
-    """The inverse of `describe`."""
+    """The Layout that a string is of."""
     fields = json.loads(text)
-    names = tuple(fields.pop("names"))
-    return Layout(spec=MatrixSpec(**fields.pop("spec")), names=names, **fields)
+    names, spec = tuple(fields.pop("names")), fields.pop("spec")
+    return Layout(names=names, spec=spec and MatrixSpec(**spec), **fields)
 
 
 def remember(weight: Weight) -> None:
@@ -93,8 +116,10 @@ def _weight(buffers: Sequence[torch.Tensor], layout: str) -> Weight:
     known = _known.get(_key(layout, buffers))
     if known is not None:
         return known
-    form, spec, names, *_ = parse(layout)
-    return FORMS[form](spec, dict(zip(names, buffers, strict=True)))
+    what = parse(layout)
+    if what.spec is None:
+        return _numbered[int(buffers[0])]
+    return FORMS[what.form](what.spec, dict(zip(what.names, buffers, strict=True)))
 
 
 def _matrix(buffers: Sequence[torch.Tensor], layout: str) -> SpqrMatrix:
@@ -126,7 +151,7 @@ def _multiply(
 def _multiply_fake(
     x: torch.Tensor, buffers: Sequence[torch.Tensor], layout: str, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], parse(layout).spec.out_features))
+    return x.new_empty((*x.shape[:-1], parse(layout).out_features))
 
 
 def _multiply_fused(
@@ -162,7 +187,7 @@ def _multiply_fused_fake(
     beside: torch.Tensor | None,
     eps: float | None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], sum(parse(text).spec.out_features for text in layouts)))
+    return x.new_empty((*x.shape[:-1], sum(parse(text).out_features for text in layouts)))
 
 
 def _dequantize(buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype) -> torch.Tensor:
@@ -172,8 +197,8 @@ def _dequantize(buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype
 def _dequantize_fake(
     buffers: Sequence[torch.Tensor], layout: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    spec = parse(layout).spec
-    return buffers[0].new_empty((spec.out_features, spec.in_features), dtype=dtype)
+    what = parse(layout)
+    return buffers[0].new_empty((what.out_features, what.in_features), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

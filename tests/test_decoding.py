@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -57,13 +58,20 @@ def make_model(family: str) -> Any:
 
 
 def compressed_llama() -> Any:
-    """Five blocks, each with its own number of outliers."""
-    model, random = tiny_llama(num_hidden_layers=5), torch.Generator().manual_seed(0)
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            spec = make_spec(module.out_features, module.in_features)
-            outliers = torch.randint(5, (module.out_features,), generator=random).tolist()
-            model.model.set_submodule(name, SpqrLinear(random_matrix(spec, outliers)))
+    """Nine blocks, each with its own settings and number of outliers, and one that is dense."""
+    settings = [
+        {"bits": bits, "group_size": group, "scale_bits": bits, "zero_bits": bits}
+        for bits, group in product((2, 3, 4), (8, 16, 32))
+    ]
+    model = tiny_llama(num_hidden_layers=len(settings) + 1)
+    random = torch.Generator().manual_seed(0)
+    for block, changes in zip(model.model.layers[:-1], settings, strict=True):
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                spec = make_spec(module.out_features, module.in_features, **changes)
+                outliers = torch.randint(5, (module.out_features,), generator=random).tolist()
+                matrix = random_matrix(spec, outliers if spec.bits > 2 else None)
+                block.set_submodule(name, SpqrLinear(matrix))
     return model
 
 
@@ -122,10 +130,14 @@ def test_blocks_share_a_mask_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None
     assert masks[0].flatten().tolist() == [0.0] * 4 + [-float("inf")] * (masks[0].numel() - 4)
 
 
-def test_two_compilations_serve_all_numbers_of_outliers(backend: CompileCounterWithBackend) -> None:
+def test_one_compilation_serves_all_settings(
+    backend: CompileCounterWithBackend, caplog: pytest.LogCaptureFixture
+) -> None:
     model = compressed_llama()
     assert tokens(model, compile=True) == tokens(model)
-    assert backend.frame_count == 2
+    assert backend.frame_count == 2  # one more for the block that is dense
+    assert told(caplog) == []
+    assert all(layer.number is None for layer in model.modules() if isinstance(layer, SpqrLinear))
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(

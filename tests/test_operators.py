@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from spqr_numba import operators
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.nn import SpqrLinear
-from spqr_numba.operators import describe
+from spqr_numba.operators import describe, numbered
 
 from .problems import make_spec
 
@@ -70,6 +70,21 @@ def test_a_layer_in_use_is_found_again_and_another_one_made_anew() -> None:
     layer.to(torch.float64)
     assert operators._weight(list(layer.buffers()), layer.layout) is layer.matrix
     assert layer.layout == describe(layer.matrix)
+
+
+def test_a_weight_is_found_by_its_number(device: torch.device) -> None:
+    layer, x = make_layer(device), make_input(device, torch.float32, 3)
+    number, layout = numbered(layer._weight())
+    multiply = torch.ops.spqr_numba.matmul
+    assert torch.equal(multiply(x, number, layout, layer.bias), layer(x))
+    torch.library.opcheck(multiply.default, (x, number, layout, None))
+    other = SpqrLinear(random_matrix(make_spec(48, 40, bits=4), None)).to(device)
+    other_number, other_layout = numbered(other._weight())
+    assert other_layout == layout
+    assert torch.equal(multiply(x, other_number, layout, None), other(x))
+    del other
+    with pytest.raises(KeyError):
+        multiply(x, other_number, layout, None)
 
 
 @BACKENDS

@@ -1,10 +1,11 @@
 """Decoder blocks under torch.compile: what is compiled for one of them serves all.
 
 Compiling a model as a whole takes the longer the deeper it is, and its blocks are all alike but for
-the number under which each finds its keys and values in the cache. Here each gets a cache of that
-one layer, so that the number no longer matters, and all get one mask, as the numbers that attention
-adds. What lies around the blocks stays as it is. On a GPU products take in what stands around them
-(passes.py).
+the number under which each finds its keys and values in the cache, and what their weights are
+compressed to. Here each gets a cache of that one layer, so that the number no longer matters, and
+the weights by numbers (operators.py), so that their settings do not; and all get one mask, as the
+numbers that attention adds. What lies around the blocks stays as it is. On a GPU products take in
+what stands around them (passes.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config, exc
+from torch._dynamo import exc
 from torch._inductor import config as inductor_config
 from transformers.cache_utils import Cache
 
 from ..model.blocks import find_blocks
-from ..nn import join_siblings
+from ..nn import ByNumber, join_siblings
 from .passes import ProductPasses
 
 __all__ = ["CompiledBlocks"]
@@ -64,14 +65,15 @@ class CompiledBlocks:
             self._give_up("its blocks already run through another wrapper")
         for block in self._blocks if self._works else ():
             join_siblings(block)
+        self._numbers = [ByNumber(block) for block in self._blocks]
 
     def __enter__(self) -> None:
         if not self._works:
             return
-        # Blocks differ in how many outliers they have; buffers of other sizes are other code else.
-        self._left.enter_context(config.patch(force_parameter_static_shapes=False))
         joining = inductor_config.patch(post_grad_custom_pre_pass=ProductPasses())
         self._left.enter_context(joining)
+        for numbers in self._numbers:
+            self._left.enter_context(numbers)
         for block, layer in zip(self._blocks, self._layers, strict=True):
             block.forward = partial(self._run, block, layer)
             self._left.callback(vars(block).pop, "forward")

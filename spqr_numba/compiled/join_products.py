@@ -45,8 +45,8 @@ class Product(NamedTuple):
         given = self.buffers if self.bias is None else (*self.buffers, self.bias)
         if not self.part.whole_rows or any(node.op != "placeholder" for node in given):
             return None
-        spec = replace(self.part.spec, out_features=self.part.whole_rows)
-        return self.x, self.bias is None, spec, self.part.names
+        spec = self.part.spec and replace(self.part.spec, out_features=self.part.whole_rows)
+        return self.x, self.bias is None, spec, self.part.whole_rows, self.part.names
 
 
 def join_all_products(graph: fx.Graph) -> None:
@@ -70,7 +70,7 @@ def are_all_parts(parts: Sequence[Layout]) -> bool:
     for part in parts:
         if part.first_row != row:
             return False
-        row += part.spec.out_features
+        row += part.out_features
     return row == parts[0].whole_rows
 
 
@@ -90,7 +90,7 @@ def join_products(graph: fx.Graph, products: Sequence[Product], first: fx.Node) 
 
 def slice_of(graph: fx.Graph, y: fx.Node, part: Layout) -> fx.Node:
     """A part's outputs, contiguous, as what reads them may expect."""
-    last_row = part.first_row + part.spec.out_features
+    last_row = part.first_row + part.out_features
     own = call(graph, aten.slice.Tensor, y, -1, part.first_row, last_row)
     if own.meta["val"].is_contiguous():
         return own

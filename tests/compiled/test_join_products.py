@@ -142,8 +142,11 @@ def test_a_decode_step_has_four_products_a_block(
     device: torch.device, launches: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of 64 rows (q, k, v), 32, 96 (gate, up) and 32; a second text joins nothing again."""
-    settings = tiny_llama(num_hidden_layers=3).config
-    model = random_model(settings, SpqrConfig(), device, torch.float32)
+    shape = tiny_llama(num_hidden_layers=3).config
+    settings = SpqrConfig(), SpqrConfig(bits=4), SpqrConfig(bits=2, group_size=32)
+    model, *others = (random_model(shape, config, device, torch.float32) for config in settings)
+    for index, other in enumerate(others, 1):
+        model.model.layers[index] = other.model.layers[index]
     expected = generate(model, byte_tokenizer(), "hello", max_new_tokens=16, graph=False).tokens
     for _ in range(2):
         launches.clear()
