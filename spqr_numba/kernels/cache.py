@@ -13,6 +13,7 @@ own cache cannot keep kernels that close over device functions, as all of ours d
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from contextlib import suppress
@@ -35,6 +36,8 @@ COMPILERS = (
     "nvidia-cuda-nvrtc",
 )
 MARK = b"\n"
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -78,10 +81,12 @@ def cubin_of(make: partial, signature: tuple[Any, ...], capability: tuple[int, i
     """
     folder = kernel_cache()
     if folder is None:
+        _tell_once("and there is no folder to keep them in")
         return _compiled(make, signature)
     path = folder / f"{_key(make, signature, capability)}.cubin"
     found = _read(path)
     if found is None:
+        _tell_once(f"and kept in {folder}")
         found = _compiled(make, signature)
         if source_digest() == first_digest():  # else the sources are edited while this runs
             _write(path, found)
@@ -119,6 +124,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def _tell_once(what_then: str) -> None:
+    logger.info("kernels are compiled for this GPU, some seconds each, %s", what_then)
 
 
 def _compiled(make: partial, signature: tuple[Any, ...]) -> Cubin:

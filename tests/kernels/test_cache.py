@@ -43,6 +43,7 @@ def kernel(*given: Any) -> Kernel:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cache, "kernel_cache", lambda: tmp_path)
+    cache._tell_once.cache_clear()
     made.clear()
     return tmp_path
 
@@ -66,6 +67,15 @@ def test_another_is_another(folder: Path) -> None:
     assert len(made) == len(list(folder.iterdir())) == 5
     with pytest.raises(ValueError, match="no name that outlives this process"):
         cubin_of(partial(kernel, object()), ("int32",), (9, 0))
+
+
+@needs_numba_cuda
+def test_who_waits_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="spqr_numba")
+    for number in (3, 4, 3):
+        cubin_of(partial(kernel, number), ("int32",), (9, 0))
+    told = f"kernels are compiled for this GPU, some seconds each, and kept in {folder}"
+    assert [record.message for record in caplog.records] == [told]
 
 
 @needs_numba_cuda
