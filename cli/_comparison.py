@@ -64,7 +64,8 @@ def compressed(
     with TemporaryDirectory(prefix="spqr-") as folder:
         out = Path(folder) / "model"
         name = describe(config) if config else "SpQR by layer"
-        with progress_bar(description=name, unit="block") as bar:
+        with progress_bar(description="preparing") as bar:
+            bar.bar_format = f"{name}, {{l_bar}}{{bar}}{{r_bar}}"
             compress(source, out, config, progress=bar, **calibration)
         yield load_model(str(out), device=calibration.get("device", "cpu"))
 

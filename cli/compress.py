@@ -126,11 +126,11 @@ def _check_choice(options: dict[str, Any]) -> None:
 def _compress(
     model: str | None, out: Path, config: SpqrConfig, options: dict[str, Any]
 ) -> CompressionReport:
-    """Run with a bar over the blocks; say what Ctrl-C leaves."""
+    """Run with a bar; say what Ctrl-C leaves."""
     from spqr_numba.model.compress import compress as run
 
     try:
-        with progress_bar(description="compressing", unit="block") as bar:
+        with progress_bar(description="preparing") as bar:
             return run(model, out, config, progress=bar, **options)
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")

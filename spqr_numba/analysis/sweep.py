@@ -35,8 +35,9 @@ from ..evaluate.perplexity import perplexity, perplexity_beside
 from ..model.blocks import check_causal, check_dense, find_blocks, plan
 from ..model.budget import Curves, Target, read_curves
 from ..model.calibration import Dataset, load_texts, window_length
-from ..model.compress import CURVES_FILE, Progress, compress
+from ..model.compress import COMPRESSING, CURVES_FILE, compress
 from ..model.integration import load_model
+from ..model.progress import Progress, begin
 from ..model.report import LAYERS_FILE, LayerRow, read_rows
 from ..model.skeleton import build_skeleton
 from ..model.source import Source, open_source
@@ -185,7 +186,7 @@ class Sweep:
         """The point of each run, found in the folder or made."""
         missing = [run for run in runs if not self._find(run)]
         if self.progress is not None:
-            self.progress.total = STEPS * len(missing)
+            begin(self.progress, "sweeping", STEPS * len(missing))
         for run in runs:
             point = self._find(run)
             if point is None:
@@ -285,24 +286,38 @@ class Sweep:
 
 
 class Half:
-    """Progress of one half of a point, in units of its own, on the bar of the whole sweep."""
+    """Progress of one half of a point, in units of its own, on the bar of the whole sweep.
 
-    def __init__(self, whole: Progress | None, place: str, total: int = 0) -> None:
-        self.total: Any = total
-        self._whole, self._place, self._done, self._shown = whole, place, 0, 0
+    Of the stages of `compress` one fills it; the others, which come before and behind, tell where
+    they are in words.
+    """
+
+    def __init__(self, whole: Progress | None, place: str, total: float = 0) -> None:
+        self._whole, self._place, self._stage = whole, place, COMPRESSING
+        self._total, self._done, self._shown = total, 0, 0
+
+    def set_description_str(self, desc: str, refresh: bool = True) -> None:
+        """The stage."""
+        self._stage = desc
+
+    def reset(self, total: float) -> None:
+        """The stage has so many units."""
+        self._total, self._done = total, 0
 
     def update(self, n: int = 1) -> None:
         """`n` more units are done."""
         self._done += n
-        steps = STEPS // 2 * self._done // self.total
-        if self._whole is not None:
+        if self._stage != COMPRESSING:
+            self.set_postfix_str(f"{self._stage}, {self._done} of {self._total}")
+        elif self._whole is not None:
+            steps = int(STEPS // 2 * self._done // self._total)
             self._whole.update(steps - self._shown)
-        self._shown = steps
+            self._shown = steps
 
-    def set_postfix_str(self, s: str) -> None:
-        """Say it behind which point it is: a survey takes long before there is a first block."""
-        if self._whole is not None:
-            self._whole.set_postfix_str(f"{self._place}: {s}")
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None:
+        """Say it behind which point it is."""
+        if self._whole is not None and s:
+            self._whole.set_postfix_str(f"{self._place}: {s}", refresh)
 
 
 def _name(fields: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +53,7 @@ from .checkpoint import CheckpointWriter, WriteBehind, amended, check_free
 from .gradients import TokenWeights, token_sensitivities
 from .model_tuning import ModelTuner, model_tuning
 from .placement import log_paths, states_crowd
+from .progress import Progress, Silent, begin
 from .quantize_block import BlockQuantizer
 from .report import (
     LAYERS_FILE,
@@ -72,26 +73,15 @@ from .survey import check_target, survey
 from .training import Tuning
 from .tuning import BlockTuner
 
-__all__ = ["CURVES_FILE", "Progress", "compress"]
+__all__ = ["COMPRESSING", "CURVES_FILE", "compress"]
 
 BATCH_TOKENS = 4096
 CURVES_FILE = "curves.csv"
 TUNED_MODEL = "tuned"
 TOKENS = "tokens"
+COMPRESSING = "compressing"  # the stage that finishes blocks
 
 logger = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """A progress bar over the blocks, as tqdm makes them."""
-
-    total: Any
-
-    def update(self, n: int = 1) -> Any:
-        """`n` more blocks are done."""
-
-    def set_postfix_str(self, s: str) -> Any:
-        """What is being done now."""
 
 
 def compress(
@@ -139,7 +129,7 @@ def compress(
     device       where blocks are run and quantized: "cpu" or "cuda"
     offload_activations  keep the hidden states in main memory, batch by batch on the device; of
                  themselves they go there where beside them a GPU had too little for a block
-    progress     a bar over the blocks
+    progress     a bar: a tqdm, say (progress.py)
 
     A run that is killed leaves `<out>.partial`, and the same call continues it behind the last
     block that was written. Raises CheckpointError, ModelError, DataError, ConfigError or
@@ -176,7 +166,7 @@ def compress(
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
     with torch.no_grad(), closing(job.weights), closing(job.behind):
-        return job.run(_Silent() if progress is None else progress)
+        return job.run(Silent() if progress is None else progress)
 
 
 class Compression:
@@ -323,14 +313,14 @@ class Compression:
     def run(self, progress: Progress) -> CompressionReport:
         """Compress every unfinished block, write the rest, and give the folder its name."""
         start = self.writer.finished_blocks
-        progress.total = len(self.blocks)
-        progress.update(start)
         finished = [self.blocks.name(index) + "." for index in range(start)]
         self.rows = [row for row in self.rows if row.layer.startswith(tuple(finished))]
         self.tuned = self.tuned[:start]
         self.token_weights = self._weigh_tokens(progress) if start < len(self.blocks) else None
         self.ration = self._start_ration(progress)
         activations = self._start_activations() if start < len(self.blocks) else None
+        begin(progress, COMPRESSING, len(self.blocks))
+        progress.update(start)
         for index in range(start, len(self.blocks)):
             progress.set_postfix_str(self.blocks.name(index))
             self._compress_block(index, activations, progress)
@@ -370,7 +360,7 @@ class Compression:
             self.model_windows,
             self.batch_size,
             self.model_tuning,
-            progress.set_postfix_str,
+            progress,
             codes=self.tune_codes,
             offload=self.offload or self._states_crowd(self.model_windows, paths=1),
         )
@@ -390,7 +380,7 @@ class Compression:
                     [name for name, config in self.settings.items() if config.use_hessian],
                     self.windows.to(self.device),
                     self.batch_size,
-                    progress.set_postfix_str,
+                    progress,
                 )
             squares = {name: each.to(torch.bfloat16) for name, each in squares.items()}
             self.writer.write_tensors(TOKENS, squares)
@@ -422,7 +412,7 @@ class Compression:
                 self.batch_size,
                 per_layer=self.target is not None and self.target.per_layer,
                 clock=self.clock,
-                note=progress.set_postfix_str,
+                progress=progress,
                 weights=self.token_weights,
             )
 
@@ -589,15 +579,3 @@ class Compression:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         model = next(iter(read_rows(text, TunedRow)), None)
         return CompressionReport(out, self.rows, seconds, size, self.tuned, model)
-
-
-class _Silent:
-    """No progress bar."""
-
-    total: Any = None
-
-    def update(self, n: int = 1) -> None:
-        """Nothing to show."""
-
-    def set_postfix_str(self, s: str) -> None:
-        """Nothing to show."""

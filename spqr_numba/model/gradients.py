@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError, NumericsError
 from .activations import Activations, logits
+from .progress import Progress, begin
 from .skeleton import Parts
 
 __all__ = ["TokenWeights", "sensitivities", "token_sensitivities"]
@@ -47,14 +48,14 @@ WITHOUT = "compress without token weights and target bits (--preset balanced --n
 
 
 def sensitivities(
-    parts: Parts, linears: Collection[str], windows: torch.Tensor, note: Callable[[str], object]
+    parts: Parts, linears: Collection[str], windows: torch.Tensor, progress: Progress
 ) -> dict[str, float]:
     """Full name -> mean squared gradient of the loss at the outputs of each of `linears`.
 
     As `token_sensitivities`, over all tokens; one that no gradient reaches in so little text is
     taken for an average one.
     """
-    squares = token_sensitivities(parts, linears, windows, 1, note)
+    squares = token_sensitivities(parts, linears, windows, 1, progress)
     return mean_sensitivities(parts.model, squares)
 
 
@@ -72,20 +73,19 @@ def token_sensitivities(
     linears: Collection[str],
     windows: torch.Tensor,
     batch_size: int,
-    note: Callable[[str], object],
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """Full name -> squared gradient of the loss at each token's outputs of each of `linears`.
 
     Each is fp32 [N, L] in main memory, the sum over outputs; where some tokens pass a linear by,
     nobody knows which, and each gets its share. windows are int64 [N, L] tokens on the device of
-    the parts, batch_size how many run at once; the loss is the sum over their tokens. note is told
-    what is being done. Raises NumericsError where a gradient is not finite, ModelError where blocks
-    cannot be run one by one.
+    the parts, batch_size how many run at once; the loss is the sum over their tokens. Raises
+    NumericsError where a gradient is not finite, ModelError where blocks cannot be run one by one.
     """
     some, span = _portions(parts, windows, batch_size)
-    found = [
-        _finite_squares(parts, linears, few, batch_size, span, note) for few in windows.split(some)
-    ]
+    portions = windows.split(some)
+    begin(progress, "weighing tokens", 2 * len(parts.blocks) * len(portions))
+    found = [_finite_squares(parts, linears, few, batch_size, span, progress) for few in portions]
     return {name: torch.cat([squares[name] for squares in found]) for name in linears}
 
 
@@ -111,14 +111,15 @@ def _finite_squares(
     windows: torch.Tensor,
     batch_size: int,
     span: int,
-    note: Callable[[str], object],
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """`_squares`, with the first scale of the loss that leaves them finite."""
     for scale in LOSS_SCALES:
-        squares = _squares(parts, linears, windows, batch_size, span, scale, note)
+        squares = _squares(parts, linears, windows, batch_size, span, scale, progress)
         endless = next((name for name, s in squares.items() if not torch.isfinite(s).all()), None)
         if endless is None:
             return squares
+        progress.update(-2 * len(parts.blocks))
     raise NumericsError(
         f"the loss has no finite gradient at {endless}; check the model's weights, or {WITHOUT}"
     )
@@ -131,28 +132,33 @@ def _squares(
     batch_size: int,
     span: int,
     scale: float,
-    note: Callable[[str], object],
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """`token_sensitivities` of so few windows that what some blocks get of them can be kept."""
     squares = _Squares(linears, windows.shape)
-    activations, kept, gradients = _forward(parts, windows, batch_size, span, scale)
+    activations, kept, gradients = _forward(parts, windows, batch_size, span, scale, progress)
     bounds = [*range(0, len(parts.blocks), span), len(parts.blocks)]
     for first, end in reversed(list(pairwise(bounds))):
         inputs = _inputs(parts, activations, kept.pop(), range(first, end))
         for index in reversed(range(first, end)):
             name = parts.blocks.name(index)
-            note(f"{name}, gradients")
             with parts.block(index) as block, squares.watching(name, block):
                 states = inputs.pop()
                 for start in range(0, len(windows), batch_size):
                     squares.batch = slice(start, start + batch_size)
                     batch = gradients[squares.batch], states[squares.batch]
                     gradients[squares.batch] = _backward(activations, block, index, *batch)
+            progress.update(1)
     return squares.scaled(scale)
 
 
 def _forward(
-    parts: Parts, windows: torch.Tensor, batch_size: int, span: int, scale: float
+    parts: Parts,
+    windows: torch.Tensor,
+    batch_size: int,
+    span: int,
+    scale: float,
+    progress: Progress,
 ) -> tuple[Activations, list[torch.Tensor], torch.Tensor]:
     """(activations, what each `span`th block gets, the gradient at the last block's output)."""
     with parts.outside():
@@ -163,6 +169,7 @@ def _forward(
             kept.append(activations.states.to("cpu", copy=True))
         with parts.block(index) as block:
             activations.advance(block, index)
+        progress.update(1)
     gradients = activations.states.clone()
     with parts.outside():
         for window, states in zip(windows.split(1), gradients.split(1), strict=True):

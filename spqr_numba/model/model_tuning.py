@@ -35,6 +35,7 @@ from ..format.matrix import SpqrMatrix
 from ..quantize.trainable import StoredNumbers
 from .activations import Activations, BlockCall, embed, logits
 from .blocks import find_norms, outer_norms
+from .progress import Progress, begin
 from .report import TunedRow
 from .skeleton import InMemory, Parts, load, release, stored_names
 from .training import (
@@ -175,7 +176,7 @@ class ModelTuner:
     windows     int64 [N, L] tokens: those to train on, and behind them those held back
     batch_size  windows of a step
     tuning      how
-    say         is told how far it has come, a few words now and then
+    progress    a bar
     codes       train codes too
     offload     keep the dense model's states in main memory
     """
@@ -187,13 +188,13 @@ class ModelTuner:
         windows: torch.Tensor,
         batch_size: int,
         tuning: Tuning,
-        say: Callable[[str], object],
+        progress: Progress,
         *,
         codes: bool = False,
         offload: bool = False,
     ) -> None:
         self.codes = codes
-        self.parts, self.settings, self.tuning, self.say = parts, settings, tuning, say
+        self.parts, self.settings, self.tuning, self.progress = parts, settings, tuning, progress
         self.windows = windows.to(parts.device)
         self.batch_size, self.offload = batch_size, offload
 
@@ -209,6 +210,7 @@ class ModelTuner:
         try:
             with self.parts.outside(), reproducible(self.parts.device), torch.enable_grad():
                 task = ModelTask(self, blocks, dense)
+                begin(self.progress, "tuning the model", self.tuning.steps)
                 batches = self.tuning.batches(self.batch_size, "model")
                 scaler = scaler_for(self.parts.device, self.parts.dtype)
                 best = train(task, self.tuning, batches, scaler)
@@ -229,10 +231,11 @@ class ModelTuner:
                 self.batch_size,
                 offload=self.offload,
             )
+        begin(self.progress, "running the dense model", len(self.parts.blocks))
         for index in range(len(self.parts.blocks)):
-            self.say(f"{self.parts.blocks.name(index)}, dense")
             with self.parts.block(index) as block:
                 activations.advance(block, index)
+            self.progress.update(1)
         return activations
 
     def _weights(self) -> int:
@@ -259,6 +262,7 @@ class ModelTask:
         self, tuner: ModelTuner, blocks: Sequence[CompressedBlock], dense: Activations
     ) -> None:
         self.tuner, self.parts, self.blocks, self.dense = tuner, tuner.parts, blocks, dense
+        self.shown = 0  # steps
         # Those in front of the blocks too: they get no gradient, and stay.
         self.norms = {
             name: trainable_norm(self.parts.read(name), self.parts.device)
@@ -302,7 +306,9 @@ class ModelTask:
     def show(self, steps: int, best: Best) -> None:
         """How far it has come."""
         nats = f"{best.after:.4f} of {best.before:.4f} nats a token left"
-        self.tuner.say(f"tuning step {steps} of {self.tuner.tuning.steps}, {nats}")
+        self.tuner.progress.set_postfix_str(nats, refresh=False)
+        self.tuner.progress.update(steps - self.shown)
+        self.shown = steps
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Full name -> what was trained, as it is to be stored, on the CPU."""

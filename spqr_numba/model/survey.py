@@ -15,7 +15,7 @@ bytes a layer takes differs by a few percent, which the layers behind it make up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -32,6 +32,7 @@ from .blocks import InputGroup, input_groups
 from .budget import Curves, Layers, Option, Target, between, lower_hull
 from .gradients import TokenWeights, mean_sensitivities, sensitivities
 from .input_sums import InputSums
+from .progress import Progress, begin
 from .quantize_block import factorization_key, named, weigher
 from .report import Clock
 from .skeleton import Parts
@@ -60,7 +61,7 @@ def survey(
     *,
     per_layer: bool,
     clock: Clock,
-    note: Callable[[str], object],
+    progress: Progress,
     weights: TokenWeights | None = None,
 ) -> Curves:
     """The options of all linears that `settings` names and the windows reach.
@@ -70,13 +71,13 @@ def survey(
     per_layer   options differ in bits, group_size and the bits of scales and zeros too, not in the
                 threshold alone
     clock       for the seconds spent on Hessians
-    note        is told what is being done
+    progress    a bar
     weights     of the tokens of all windows, where they do not count alike
 
     Raises NumericsError for NaN or inf, ModelError where blocks cannot be run one by one.
     """
     if weights is None:
-        felt = sensitivities(parts, settings, windows[: _few(windows)], note)
+        felt = sensitivities(parts, settings, windows[: _few(windows)], progress)
     else:
         felt = mean_sensitivities(parts.model, weights.squares)
     with parts.outside():
@@ -87,9 +88,9 @@ def survey(
         for name, config in settings.items()
         if not config.use_hessian
     }
+    begin(progress, "trying settings", len(parts.blocks))
     for index in range(len(parts.blocks)):
         name = parts.blocks.name(index)
-        note(f"{name}, options")
         inside = {n: config for n, config in settings.items() if n.startswith(f"{name}.")}
         with parts.block(index) as block:
             linears = {n: parts.model.get_submodule(n) for n in inside}
@@ -101,6 +102,7 @@ def survey(
                     sample = Sample.of(told, factor, config)
                     curves[layers] = sample.options(config, per_layer)
             activations.advance(block, index)
+        progress.update(1)
     return curves
 
 

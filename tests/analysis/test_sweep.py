@@ -22,6 +22,7 @@ from spqr_numba.model import compress as compress_module
 from spqr_numba.model.budget import Target
 from spqr_numba.model.compress import Compression, compress
 from spqr_numba.model.integration import load_model
+from spqr_numba.model.progress import Silent
 from spqr_numba.model.survey import survey
 
 from ..tiny import save_tiny_llama
@@ -321,15 +322,18 @@ def test_an_error_names_its_setting(
 def test_progress_is_whole_when_all_is_done(
     dense: str, texts: dict[str, torch.Tensor], tmp_path: Path, quick: dict[str, Any]
 ) -> None:
-    class Bar:
-        total = done = 0
+    class Bar(Silent):
+        total = done = 0.0
         labels: tuple[str, ...] = ()
+
+        def reset(self, total: float) -> None:
+            self.total = total
 
         def update(self, n: int = 1) -> None:
             self.done += n
 
-        def set_postfix_str(self, s: str) -> None:
-            self.labels += (s,)
+        def set_postfix_str(self, s: str, refresh: bool = True) -> None:
+            self.labels += (s,) * bool(s)
 
     for total, settings in ((200, {"RTN": SETTINGS["RTN"]}), (100, SETTINGS)):
         bar = Bar()

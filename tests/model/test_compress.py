@@ -26,9 +26,10 @@ from spqr_numba.errors import (
 from spqr_numba.model.blocks import find_blocks
 from spqr_numba.model.budget import read_curves
 from spqr_numba.model.calibration import load_tokens
-from spqr_numba.model.compress import compress
+from spqr_numba.model.compress import COMPRESSING, compress
 from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.integration import load_model
+from spqr_numba.model.progress import Silent
 from spqr_numba.model.source import open_source
 from spqr_numba.nn import SpqrLinear
 from spqr_numba.quantize.hessian import Hessian
@@ -316,21 +317,36 @@ class Killed(KeyboardInterrupt):
     pass
 
 
-class KillAfter:
+class KillAfter(Silent):
     """A progress bar that ends the run behind so many blocks."""
 
-    total: Any = None
-
     def __init__(self, blocks: int) -> None:
-        self.left = blocks
+        self.left, self.stage = blocks, ""
+
+    def set_description_str(self, desc: str, refresh: bool = True) -> None:
+        self.stage = desc
 
     def update(self, n: int = 1) -> None:
-        self.left -= n
-        if n and self.left <= 0:
-            raise Killed
+        if self.stage == COMPRESSING:
+            self.left -= n
+            if n and self.left <= 0:
+                raise Killed
 
-    def set_postfix_str(self, s: str) -> None:
-        pass
+
+class Watched(Silent):
+    """A progress bar that remembers its stages: [name, steps, steps done]."""
+
+    def __init__(self) -> None:
+        self.stages: list[list[Any]] = []
+
+    def set_description_str(self, desc: str, refresh: bool = True) -> None:
+        self.stages.append([desc])
+
+    def reset(self, total: float) -> None:
+        self.stages[-1] += [total, 0]
+
+    def update(self, n: int = 1) -> None:
+        self.stages[-1][2] += n
 
 
 @pytest.fixture(scope="module")
@@ -554,6 +570,19 @@ def test_killed_on_the_way_to_a_target_and_continued_is_uninterrupted(
     assert tensors_of(continued) == tensors_of(whole)
     for name in ("config.json", "curves.csv"):
         assert (continued / name).read_text() == (whole / name).read_text()
+
+
+def test_every_stage_says_how_far_it_is(four_blocks: Path, run: Run) -> None:
+    bar = Watched()
+    config = replace(TARGET, token_weights=True)
+    run(four_blocks, config, target_bits=4.6, tune_model=3, batch_size=2, progress=bar)
+    assert bar.stages == [
+        ["weighing tokens", 8, 8],
+        ["trying settings", 4, 4],
+        [COMPRESSING, 4, 4],
+        ["running the dense model", 4, 4],
+        ["tuning the model", 3, 3],
+    ]
 
 
 def test_another_target_does_not_continue(

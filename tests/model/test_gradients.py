@@ -22,6 +22,7 @@ from spqr_numba.model.gradients import (
     token_sensitivities,
 )
 from spqr_numba.model.integration import load_model
+from spqr_numba.model.progress import Silent
 from spqr_numba.model.skeleton import Parts
 
 from .architectures import ARCHITECTURES, make, parts_of, save
@@ -54,7 +55,7 @@ def test_a_block_at_a_time_is_the_whole_model(name: str, folder_of: Callable[[st
     parts = parts_of(folder_of(name))
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad():
-        felt = sensitivities(parts, names, WINDOWS, lambda _: None)
+        felt = sensitivities(parts, names, WINDOWS, Silent())
     expected = by_autograd(folder_of(name), names)
     assert list(felt) == names
     for linear in names:
@@ -73,14 +74,14 @@ def test_a_gradient_without_end_is_named(folder_of: Callable[[str], Path]) -> No
     parts._weights.read = huge  # type: ignore[method-assign]
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad(), pytest.raises(NumericsError, match=r"no finite gradient at model\.l"):
-        sensitivities(parts, names, WINDOWS, lambda _: None)
+        sensitivities(parts, names, WINDOWS, Silent())
 
 
 def test_what_no_token_reaches_is_an_average_linear(folder_of: Callable[[str], Path]) -> None:
     parts = parts_of(folder_of("llama"))
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad():
-        squares = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        squares = token_sensitivities(parts, names, WINDOWS, 1, Silent())
     expert = names[3]
     squares[expert].zero_()
     felt = mean_sensitivities(parts.model, squares)
@@ -94,12 +95,12 @@ def test_tokens_are_told_apart_however_many_run_at_once(
     parts = parts_of(folder_of(name))
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad():
-        alone = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
-        together = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+        alone = token_sensitivities(parts, names, WINDOWS, 1, Silent())
+        together = token_sensitivities(parts, names, WINDOWS, 2, Silent())
         monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
         monkeypatch.setattr(gradients, "KEPT_SHARE", 0)
-        apart = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
-        felt = sensitivities(parts, names, WINDOWS, lambda _: None)
+        apart = token_sensitivities(parts, names, WINDOWS, 1, Silent())
+        felt = sensitivities(parts, names, WINDOWS, Silent())
     for linear in names:
         assert alone[linear].shape == WINDOWS.shape
         outputs = parts.model.get_submodule(linear).out_features
@@ -116,11 +117,11 @@ def test_what_blocks_get_may_be_made_again(tmp_path: Path, monkeypatch: pytest.M
     names = list(plan(parts.blocks, SpqrConfig()))
     walks = Walks(parts)
     with torch.no_grad():
-        kept = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+        kept = token_sensitivities(parts, names, WINDOWS, 2, Silent())
         assert walks.read == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
         walks.read.clear()
         monkeypatch.setattr(gradients, "_portions", lambda *_: (4, 2))
-        again = token_sensitivities(parts, names, WINDOWS, 2, lambda _: None)
+        again = token_sensitivities(parts, names, WINDOWS, 2, Silent())
     assert walks.read == [0, 1, 2, 3, 4, 4, 2, 3, 2, 0, 1, 0]
     assert all(torch.equal(again[name], kept[name]) for name in names)
 
@@ -166,9 +167,9 @@ def test_a_smaller_scale_serves_where_fp16_ends(
     parts = parts_of(folder_of("llama"))
     names = list(plan(parts.blocks, SpqrConfig()))
     with torch.no_grad():
-        expected = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        expected = token_sensitivities(parts, names, WINDOWS, 1, Silent())
         monkeypatch.setattr(gradients, "LOSS_SCALES", (1e30, 1.0))
-        found = token_sensitivities(parts, names, WINDOWS, 1, lambda _: None)
+        found = token_sensitivities(parts, names, WINDOWS, 1, Silent())
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=0)
 
@@ -180,7 +181,7 @@ def test_a_block_without_gradient_is_named(folder_of: Callable[[str], Path]) -> 
     )
     message = r"decoder block 1 cannot be run backward \(.*\); compress without token weights"
     with torch.no_grad(), pytest.raises(ModelError, match=message):
-        sensitivities(parts, list(plan(parts.blocks, SpqrConfig())), WINDOWS, lambda _: None)
+        sensitivities(parts, list(plan(parts.blocks, SpqrConfig())), WINDOWS, Silent())
 
 
 def test_weights_are_one_on_average(device: torch.device) -> None:
