@@ -206,4 +206,4 @@ class ByNumber:
 
     def __exit__(self, *_: object) -> None:
         for attributes, _number in self._numbers:
-            del attributes["number"]
+            attributes.pop("number", None)  # another thread may have left before
