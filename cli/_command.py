@@ -105,8 +105,13 @@ def progress_bar(total: int | None = None, description: str = "", unit: str = "i
     """A bar with the time left, on stderr; rarely redrawn where nobody watches."""
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def reset(self, total: float | None = None) -> None:
+            self.delay = 0  # work that has stages has not failed at once
+            super().reset(total)
+
     watched = sys.stderr.isatty()
-    return tqdm(
+    return Bar(
         total=total,
         desc=description,
         unit=unit,

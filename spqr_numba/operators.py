@@ -25,9 +25,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import count, islice, zip_longest
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -48,6 +48,8 @@ FORMS: Mapping[str, type[Weight]] = {cls.__name__: cls for cls in (SpqrMatrix, P
 # from the buffers. It lives as long as the layer that holds it.
 _known: WeakValueDictionary[tuple[str | int, ...], Weight] = WeakValueDictionary()
 _numbered: WeakValueDictionary[int, Weight] = WeakValueDictionary()
+_numbers: WeakKeyDictionary[Weight, int] = WeakKeyDictionary()
+_next_number = count()  # none comes twice: a number without its weight finds no other
 
 NUMBERED = "number"  # the form of a weight that travels as its number
 
@@ -84,10 +86,12 @@ def describe(weight: Weight) -> str:
 def numbered(weight: Weight) -> tuple[list[torch.Tensor], str]:
     """A number as a weight's only buffer, [1] int64, and its Layout; both for as long as it lives.
 
-    Weights of one shape and one place in their wholes have equal Layouts.
+    Weights of one shape and one place in their wholes have equal Layouts. For products without
+    gradients.
     """
-    _numbered[id(weight)] = weight
-    return [torch.tensor([id(weight)])], _text(weight, NUMBERED, (NUMBERED,), None)
+    number = _numbers.setdefault(weight, next(_next_number))
+    _numbered[number] = weight
+    return [torch.tensor([number], device="cpu")], _text(weight, NUMBERED, (NUMBERED,), None)
 
 
 def _text(weight: Weight, form: str, names: tuple[str, ...], spec: MatrixSpec | None) -> str:

@@ -76,7 +76,7 @@ class CompiledBlocks:
             self._left.enter_context(numbers)
         for block, layer in zip(self._blocks, self._layers, strict=True):
             block.forward = partial(self._run, block, layer)
-            self._left.callback(vars(block).pop, "forward")
+            self._left.callback(vars(block).pop, "forward", None)
 
     def __exit__(self, *_: object) -> None:
         self._left.close()
