@@ -191,13 +191,13 @@ def join_siblings(block: nn.Module) -> None:
 
 
 class ByNumber:
-    """`with ByNumber(block):` what is traced of its products fits weights of other settings too.
+    """`with ByNumber(model):` what is traced of its products fits weights of other settings too.
 
     May be entered again and again, as long as no layer gets another weight.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        layers = [layer for layer in block.modules() if isinstance(layer, SpqrLinear)]
+    def __init__(self, model: nn.Module) -> None:
+        layers = [layer for layer in model.modules() if isinstance(layer, SpqrLinear)]
         self._numbers = [(vars(layer), numbered(layer._weight())) for layer in layers]
 
     def __enter__(self) -> None:

@@ -292,7 +292,7 @@ class Half:
     they are in words.
     """
 
-    def __init__(self, whole: Progress | None, place: str, total: float = 0) -> None:
+    def __init__(self, whole: Progress | None, place: str, total: int = 0) -> None:
         self._whole, self._place, self._stage = whole, place, COMPRESSING
         self._total, self._done, self._shown = total, 0, 0
 
@@ -300,7 +300,7 @@ class Half:
         """The stage."""
         self._stage = desc
 
-    def reset(self, total: float) -> None:
+    def reset(self, total: int) -> None:
         """The stage has so many units."""
         self._total, self._done = total, 0
 
@@ -310,7 +310,7 @@ class Half:
         if self._stage != COMPRESSING:
             self.set_postfix_str(f"{self._stage}, {self._done} of {self._total}")
         elif self._whole is not None:
-            steps = int(STEPS // 2 * self._done // self._total)
+            steps = STEPS // 2 * self._done // self._total
             self._whole.update(steps - self._shown)
             self._shown = steps
 

@@ -65,15 +65,14 @@ class CompiledBlocks:
             self._give_up("its blocks already run through another wrapper")
         for block in self._blocks if self._works else ():
             join_siblings(block)
-        self._numbers = [ByNumber(block) for block in self._blocks]
+        self._numbers = ByNumber(model)
 
     def __enter__(self) -> None:
         if not self._works:
             return
         joining = inductor_config.patch(post_grad_custom_pre_pass=ProductPasses())
         self._left.enter_context(joining)
-        for numbers in self._numbers:
-            self._left.enter_context(numbers)
+        self._left.enter_context(self._numbers)
         for block, layer in zip(self._blocks, self._layers, strict=True):
             block.forward = partial(self._run, block, layer)
             self._left.callback(vars(block).pop, "forward", None)

@@ -12,7 +12,6 @@ one x meets all parts of a whole (kernels/siblings.py).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +44,7 @@ class Product(NamedTuple):
         given = self.buffers if self.bias is None else (*self.buffers, self.bias)
         if not self.part.whole_rows or any(node.op != "placeholder" for node in given):
             return None
-        spec = self.part.spec and replace(self.part.spec, out_features=self.part.whole_rows)
-        return self.x, self.bias is None, spec, self.part.whole_rows, self.part.names
+        return self.x, self.bias is None, self.part.whole_rows
 
 
 def join_all_products(graph: fx.Graph) -> None:

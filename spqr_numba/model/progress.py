@@ -20,11 +20,11 @@ class Progress(Protocol):
     def set_postfix_str(self, s: str, refresh: bool = True) -> Any:
         """What is being done now."""
 
-    def reset(self, total: float) -> Any:
+    def reset(self, total: int) -> Any:
         """No step is done, of so many."""
 
     def update(self, n: int = 1) -> Any:
-        """`n` more steps are done."""
+        """`n` more steps are done; fewer than 0 are to be done again."""
 
 
 class Silent:
@@ -36,7 +36,7 @@ class Silent:
     def set_postfix_str(self, s: str, refresh: bool = True) -> None:
         """Nothing to show."""
 
-    def reset(self, total: float) -> None:
+    def reset(self, total: int) -> None:
         """Nothing to show."""
 
     def update(self, n: int = 1) -> None:
