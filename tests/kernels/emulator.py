@@ -202,7 +202,7 @@ class Block:
         self.barriers: dict[int, Phases] = {}
         self.barrier = threading.Barrier(threads)
         self.warps = [Meeting(LANES) for _ in range(threads // LANES)]
-        self.warpgroups = [Meeting(WARPGROUP) for _ in range(threads // WARPGROUP)]
+        self.warpgroups = [Meeting(WARPGROUP) for _ in range(0, threads, WARPGROUP)]
 
 
 class Meeting:
@@ -264,7 +264,7 @@ class Launcher:
         """One thread, from start to end; an error lets none of the others wait for it."""
         here.block, here.number = block, number
         here.warp, here.copies = block.warps[number // LANES], [[]]
-        here.warpgroup = (block.warpgroups or [None])[number // WARPGROUP]
+        here.warpgroup = block.warpgroups[number // WARPGROUP]
         try:
             with np.errstate(all="ignore"):
                 self.kernel(*arguments)
