@@ -108,8 +108,7 @@ def exact_codes(ptx: Ptx, words: list[ir.Value], which: Iterable[int]) -> list[i
         value: ir.Value = i32(MAGIC)
         for word, places, mask in fields(bits, pair):
             value = ptx.masked_or(word_of(word, places), mask, value)
-        operand, register = divmod(pair, 4)
-        place = code_place(bits, operand, row=register % 2)
+        place = code_place(bits, pair)
         factor, minus = 2.0**-place, -(2.0 ** (MANTISSA_BITS - place))
         pairs.append(ptx.fma_halves(value, both(factor), both(minus)))
     return pairs
@@ -150,11 +149,13 @@ def both_halves(width: int, place: int) -> int:
     return mask | mask << 16
 
 
-def code_place(bits: int, operand: int, row: int) -> int:
-    """The bit at which the codes of row g (0) or g + 8 (1) begin in an operand's halves."""
+def code_place(bits: int, pair: int) -> int:
+    """The bit at which a pair's codes begin in their halves, and those of the same row in the same
+    operand."""
+    operand, register = divmod(pair, 4)
     places = set()
-    for register in (row, row + 2):
-        for _, shift, _, width in pair_places(bits, 4 * operand + register):
+    for same_row in (register % 2, register % 2 + 2):
+        for _, shift, _, width in pair_places(bits, 4 * operand + same_row):
             places.add(0 if width < bits else shift_and_place(bits, shift)[1])
     [place] = places
     return place

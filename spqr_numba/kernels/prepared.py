@@ -8,7 +8,7 @@ rows g and g + 8, and of each *octet* (8 groups side by side) the groups t and t
     a code pair       columns 2p, 2p + 1 of a quarter, side by side in a register
 
 So the sixteen code pairs of quarter q that a lane owns in a block are its operands of four
-mma.m16n8k16, in the order (octet, p, group t or t + 4, row g or g + 8). `pack_pairs` puts them into
+mma.m16n8k16, in the order (octet, group t or t + 4, p, row g or g + 8). `pack_pairs` puts them into
 `bits` words, the lower column in the lower half of a word; the four quarters' words of one number
 lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Scale and zero codes take the
 same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1, four
@@ -39,7 +39,7 @@ from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
 from .runs import TILE_ROWS, from_runs, to_runs
 
-__all__ = ["PreparedMatrix", "can_prepare", "padded_columns", "prepare", "units_of"]
+__all__ = ["PreparedMatrix", "can_prepare", "padded_columns", "pair_number", "prepare", "units_of"]
 
 BLOCK_COLUMNS = 256
 LANES = 32
@@ -150,8 +150,8 @@ class PreparedMatrix:
         """uint8 [n, m]."""
         pairs = unpack_pairs(self.code_words.movedim(3, 0), self.spec.bits)
         octets, per_quarter = octets_and_pairs(self.spec)
-        shape = octets, per_quarter, 2, 2, self.tiles, -1, 8, 4, QUARTERS, 2
-        codes = pairs.view(shape).permute(5, 0, 2, 7, 8, 1, 9, 4, 3, 6)
+        shape = octets, 2, per_quarter, 2, self.tiles, -1, 8, 4, QUARTERS, 2
+        codes = pairs.view(shape).permute(5, 0, 1, 7, 8, 2, 9, 4, 3, 6)
         codes = codes.reshape(-1, self.tiles * TILE_ROWS)
         return codes[: self.spec.in_features, : self.spec.out_features]
 
@@ -193,7 +193,7 @@ def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
     codes = padded(codes, units * UNIT_GROUPS * spec.group_size, tiles * TILE_ROWS)
     octets, per_quarter = octets_and_pairs(spec)
     codes = codes.view(-1, octets, 2, 4, QUARTERS, per_quarter, 2, tiles, 2, 8)
-    pairs = codes.permute(1, 5, 2, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, -1, LANES, 4, 2)
+    pairs = codes.permute(1, 2, 5, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, -1, LANES, 4, 2)
     return pack_pairs(pairs, spec.bits).movedim(0, 2).reshape(tiles, units, -1)
 
 
@@ -269,6 +269,12 @@ def shift_and_place(bits: int, shift: int) -> tuple[int, int]:
     ten bits of a half's mantissa."""
     places = {2: 10, 3: 6, 4: 8}[bits] if shift + bits > MANTISSA_BITS else 0
     return places, shift - places
+
+
+def pair_number(pairs: int, octet: int, half: int, part: int, row: int) -> int:
+    """Which of a quarter's pairs in a block it is: of an octet, of the group t or t + 4 (half), the
+    part-th of `pairs`, of row g or g + 8."""
+    return 2 * ((2 * octet + half) * pairs + part) + row
 
 
 def octets_and_pairs(spec: MatrixSpec) -> tuple[int, int]:

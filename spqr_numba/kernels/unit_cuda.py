@@ -5,8 +5,9 @@ Here with one input; unit_several_cuda.py has what eight or sixteen inputs do ot
 The multiply-adds are the tensor cores': mma.m16n8k16 multiplies codes [16 rows, 16] by x' [16, 8].
 The four lanes of a row's quad hold codes of eight groups, so the eight columns of the second
 operand, of which one input would need one, take a group each: column c is x' in the places of group
-c and zero elsewhere. Then sums [16 rows, 8 groups] come out, four to a lane, and the lane decodes
-the four scales and zeros that belong to them::
+c and zero elsewhere. One mma takes four codes of a row from each of four groups, or two from each
+of eight where a quarter of a group is no more. Then sums [16 rows, 8 groups] come out, four to a
+lane, and the lane decodes the four scales and zeros that belong to them::
 
     total[row] += scale * (sums[row, group] - zero * X[group])        X: the sum of x' over a group
 
@@ -210,8 +211,8 @@ class UnitOfOne(Unit):
     """A unit and one input; two totals, of rows g and g + 8 and the lane's groups."""
 
     def __init__(self, ptx, spec, unit, lane, low, low_step, high, high_step, x_sums) -> None:
-        """low, high: of x' for the operand's first and second register, in the unit's first octet,
-        and the steps from octet to octet; x_sums: of X of the group 2t there."""
+        """low, high: of x' for the groups t and t + 4 of the unit's first octet, or of zeros, and
+        the steps from octet to octet; x_sums: of X of the group 2t there."""
         super().__init__(ptx, spec, unit, lane)
         self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
         self.inputs = (low, low_step), (high, high_step)
@@ -244,8 +245,8 @@ class UnitOfOne(Unit):
                     for octet in range(spec.octets)
                 ]
             for operand in range(4):
-                octet, pair = divmod(operand, spec.pairs)
-                b = [part[(first + pair) % 4] for part in inputs[octet]]
+                octet, place = divmod(operand, spec.pairs)
+                b = self.second_operand(inputs[octet], first, place)
                 a = pairs[4 * operand : 4 * operand + 4]
                 chains[operand] = self.ptx.mma(chains[operand], a, b)
         return [
@@ -253,13 +254,25 @@ class UnitOfOne(Unit):
             for octet in range(spec.octets)
         ]
 
+    def second_operand(
+        self, inputs: list[list[ir.Value]], first: int, place: int
+    ) -> list[ir.Value]:
+        """For the place-th operand of an octet in a quarter, whose words of x' begin at `first`:
+        two words for the same groups, which no instruction need bring side by side; one for each
+        half of the groups where a quarter has no more."""
+        if self.spec.pairs == 1:
+            return [words[first % 4] for words in inputs]
+        half, step = divmod(place, self.spec.pairs // 2)
+        word = (first + 2 * step) % 4
+        return inputs[half][word : word + 2]
+
     def joined(self, chains: list[list[ir.Value]], operands: Iterable[int]) -> list[ir.Value]:
         """The sum of some operands' chains, each brought back from its codes' place."""
         sums: list[ir.Value] = []
         for i in range(4):
             total = None
             for operand in operands:
-                factor = 2.0 ** -code_place(self.spec.bits, operand, row=i // 2)
+                factor = 2.0 ** -code_place(self.spec.bits, 4 * operand + i // 2)
                 value = chains[operand][i]
                 if total is not None:
                     total = self.builder.fma(value, f32(factor), total)
@@ -269,7 +282,7 @@ class UnitOfOne(Unit):
         return sums
 
     def load_inputs(self, octet: int, word: int) -> list[list[ir.Value]]:
-        """Four words of x' from `word` of the group on, for both registers of the operand."""
+        """Four words of x' from `word` of the group on, for the groups t and t + 4."""
         return [
             self.ptx.load_shared(
                 self.at(self.builder.add(start, self.times(step, octet)), 4 * word)

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
-from .prepared import LANES, OCTET, QUAD, QUARTERS
+from .prepared import LANES, OCTET, QUAD, QUARTERS, pair_number
 from .ptx import Ptx, f32, i32, i64
 from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
@@ -188,9 +188,9 @@ class UnitOfNumbers(Unit):
         for quarter in range(QUARTERS):
             of_quarter = [word[quarter] for word in words]
             for part in range(spec.pairs):
-                operand = octet * spec.pairs + part
-                place = code_place(spec.bits, operand, row)
-                codes = masked_pair(self.ptx, of_quarter, 4 * operand + 2 * half + row)
+                pair = pair_number(spec.pairs, octet, half, part, row)
+                place = code_place(spec.bits, pair)
+                codes = masked_pair(self.ptx, of_quarter, pair)
                 for code in self.ptx.floats(codes):
                     unit = f32(2.0**-place / SUBNORMAL_UNIT)
                     steps = self.builder.fma(code, unit, minus_zero)
