@@ -17,7 +17,7 @@ import torch
 from ..format.layout import ceil_div
 from .launch import Launcher, most_clusters, shared_memory
 from .prepared import LANES, UNIT_GROUPS, PreparedMatrix
-from .product_cuda import BLOCKS_PER_SM, FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
+from .product_cuda import FACTOR_FLOATS, FLOAT_BYTES, SIGNATURE, product_kernel
 from .runs import segments_of
 from .several_cuda import SEVERAL, several_kernel
 from .several_inputs_cuda import INPUTS_BEGIN, MOST_INPUTS
@@ -41,15 +41,33 @@ __all__ = [
 LARGEST_DEPTH = 16  # of an mma
 ALIGNMENT = 128
 RINGS = {
-    1: ((8, 3), (8, 2), (8, 1)),
     8: ((16, 2), (16, 1), (12, 2), (8, 2), (8, 1)),
     16: ((12, 2), (12, 1), (8, 2), (8, 1)),
 }
 """inputs -> warps of a block and stages of a warp's ring, the best first. More warps would leave
 sixteen inputs too few registers."""
 RANKS = 1, 2, 4, 8  # blocks of a cluster
-WHOLE = 3  # stages of one input's: only for warps that have no more items
 HOPPER = 9  # the compute capability from which there is programmatic dependent launch, and clusters
+
+
+class Crew(NamedTuple):
+    """How a multiprocessor is manned for one input."""
+
+    warps: int  # of a block
+    stages: int  # of a warp's ring
+    blocks: int  # of a product
+    resident: int  # blocks that it has room for, the next product's included
+
+
+LITTLE = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
+SOME = Crew(10, 1, 2, 2), Crew(8, 2, 2, 2)
+MORE = (Crew(8, 2, 2, 2),)
+MUCH = Crew(20, 2, 1, 1), Crew(16, 2, 1, 1)
+ANYTHING = Crew(8, 1, 2, 2), Crew(8, 2, 1, 1), Crew(8, 1, 1, 1)
+LITTLE_TILES = 2
+SOME_COLUMNS, MUCH_COLUMNS = 30_000, 50_000  # of all tiles together
+LARGE_GROUP = 48  # bits of codes: larger ones take more registers
+MOST_WARPS = 16  # of a multiprocessor then
 
 
 class Call(NamedTuple):
@@ -168,19 +186,29 @@ def plans(weight: PreparedMatrix, kind: torch.dtype, inputs: int) -> Iterator[Pl
 def plans_of_one(
     weight: PreparedMatrix, unit: UnitSpec, kind: torch.dtype, *, early: bool
 ) -> Iterator[Planned]:
-    """Two blocks to a multiprocessor. Where one block there has so little to do that its rings hold
-    all of it, the other's place is left for what runs next."""
+    """What suits the work of a multiprocessor."""
     at_once = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    room, items = shared_memory(weight.device), items_of(weight)
-    for blocks, (warps, stages) in product(range(BLOCKS_PER_SM, 0, -1), RINGS[1]):
-        spec = KernelSpec(unit, kind, warps, stages, early)
-        little = ceil_div(weight.tiles, at_once) * items <= WHOLE * warps
-        if stages == WHOLE and not little:
-            continue
-        grid = min(weight.tiles, at_once if little else at_once * blocks)
+    room, tiles = shared_memory(weight.device), ceil_div(weight.tiles, at_once)
+    for crew in crews_of(unit, tiles, weight.spec.in_features):
+        spec = KernelSpec(unit, kind, crew.warps, crew.stages, early, resident=crew.resident)
+        grid = min(weight.tiles, at_once * crew.blocks)
         plan = plan_of_one(weight, spec, grid)
-        if shared_bytes(spec, plan) <= room // blocks:
+        if shared_bytes(spec, plan) <= room // crew.resident:
             yield spec, plan, grid
+
+
+def crews_of(unit: UnitSpec, tiles: int, columns: int) -> list[Crew]:
+    """For so many tiles to a multiprocessor. With few, what runs next already has a place beside
+    them; with many or wide ones, a large block stages x once, and its rings reach far ahead."""
+    crews: tuple[Crew, ...] = MORE
+    if tiles * columns >= MUCH_COLUMNS:
+        crews = MUCH
+    elif tiles <= LITTLE_TILES:
+        crews = LITTLE
+    elif tiles * columns < SOME_COLUMNS:
+        crews = SOME
+    most = MOST_WARPS if unit.bits * unit.group_size > LARGE_GROUP else LANES
+    return [crew for crew in (*crews, *ANYTHING) if crew.warps * crew.resident <= most]
 
 
 def plans_of_several(
@@ -220,11 +248,6 @@ def cost_of(planned: Planned) -> float:
     return plan.slabs * (tiles * (units + plan.most_runs) * item + 1.1e-4 * staged) + spec.ranks / 2
 
 
-def items_of(weight: PreparedMatrix) -> int:
-    """Units of a tile, and its runs where there are outliers."""
-    return weight.units + (segments_of(weight.spec) if "runs" in weight.tensors else 0)
-
-
 def shared_bytes(spec: KernelSpec, plan: Plan) -> int:
     """That a block needs."""
     ring = spec.warps * spec.stages * spec.unit.bytes
@@ -255,7 +278,7 @@ def plan_of_one(weight: PreparedMatrix, spec: KernelSpec, grid: int) -> Plan:
         columns=columns,
         sums=sums,
         slots=slots,
-        ring=ring_begin(spec, slots, tiles + (longer > 0)),
+        **behind_slots(weight, spec, slots, tiles + (longer > 0)),
     )
 
 
@@ -278,7 +301,7 @@ def plan_of_several(weight: PreparedMatrix, spec: KernelSpec, slabs: int, cluste
         columns=columns,
         sums=sums,
         slots=slots,
-        ring=ring_begin(spec, slots, tiles + (longer > 0)),
+        **behind_slots(weight, spec, slots, tiles + (longer > 0)),
     )
 
 
@@ -299,7 +322,10 @@ def part_sizes(
     return columns * spec.unit.columns, most_runs
 
 
-def ring_begin(spec: KernelSpec, slots: int, tiles: int) -> int:
-    """Where the rings lie: behind the slots of so many tiles, in bytes."""
-    end = slots + (tiles + spec.warps - 1) * slot_floats(spec)
-    return ceil_div(FLOAT_BYTES * end, ALIGNMENT) * ALIGNMENT
+def behind_slots(
+    weight: PreparedMatrix, spec: KernelSpec, slots: int, tiles: int
+) -> dict[str, int]:
+    """Where the table of runs lies, behind the slots of so many tiles, and in bytes the rings."""
+    starts = slots + (tiles + spec.warps - 1) * slot_floats(spec)
+    end = starts + (tiles * segments_of(weight.spec) + 1 if "runs" in weight.tensors else 0)
+    return {"starts": starts, "ring": ceil_div(FLOAT_BYTES * end, ALIGNMENT) * ALIGNMENT}

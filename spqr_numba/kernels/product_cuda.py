@@ -10,6 +10,7 @@ multiply; at the end the warps' shares of a row are added up. No warp waits for 
     factor         float32  [4]                                 the first: what staging returned
     X              float32  [groups]
     slots          float32  [tiles + warps - 1, 32, totals]     stream_cuda.py
+    starts         int32    [tiles * segments + 1]              of run_starts (runs.py)
     ring           bytes    [warps, stages, unit]
 
 With "programmatic dependent launch" a block starts while the kernel before it still runs: it
@@ -41,18 +42,24 @@ from .ptx import (
 from .run_cuda import run_multiplier
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
-from .staging_cuda import ZERO_HALVES, padding_function, staging_function
+from .staging_cuda import (
+    ZERO_HALVES,
+    first_targets_function,
+    padding_function,
+    staging_function,
+)
 from .stream_cuda import (
     NORM,
     PLAN,
     WEIGHT,
     KernelSpec,
     clear_shared_bytes,
+    known_run,
     parts_function,
     ring_starter,
     ring_walker,
-    run_of,
     stretches_function,
+    table_filler,
     work_function,
 )
 from .unit_cuda import (
@@ -64,13 +71,12 @@ from .unit_cuda import (
     unit_multiplier,
 )
 
-__all__ = ["BLOCKS_PER_SM", "FACTOR_FLOATS", "FLOAT_BYTES", "SIGNATURE", "product_kernel"]
+__all__ = ["FACTOR_FLOATS", "FLOAT_BYTES", "SIGNATURE", "product_kernel"]
 
 cuda = numba_cuda()
 
 FLOAT_BYTES = 4
 FACTOR_FLOATS = 4
-BLOCKS_PER_SM = 2
 int32: Any = np.int32
 
 SIGNATURE = (WEIGHT, *(types.int64,) * 2, types.float32, *(types.int64,) * 2, PLAN)
@@ -83,19 +89,21 @@ def product_kernel(spec: KernelSpec) -> Any:
     """
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
     start_ring, start, stage = ring_starter(spec), starting_function(spec), stage_function(spec)
+    first_targets = first_targets_function(spec)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 
-    @cuda.jit(launch_bounds=(spec.threads, BLOCKS_PER_SM))
+    @cuda.jit(launch_bounds=(spec.threads, spec.resident))
     def kernel(weight, x, beside, eps, y, bias, plan):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         work, first = work_of(weight, plan)
         part = part_of(weight, plan, work.rank, int32(0))
         start_ring(weight, plan, work, part, first, zeros)
         start(weight, plan, work, beside, zeros)
+        targets = first_targets(weight, work.thread)
         if early:
             wait_for_dependencies()
             let_dependents_start()
-        stage(weight, plan, x, beside, eps, work.thread, zeros)
+        stage(weight, plan, x, beside, eps, work.thread, targets, zeros)
         walk(weight, plan, work, part, first, zeros)
         cuda.syncthreads()
         work, _ = work_of(weight, plan)
@@ -106,9 +114,9 @@ def product_kernel(spec: KernelSpec) -> Any:
 
 def starting_function(spec: KernelSpec) -> Any:
     """start(weight, plan, work, beside, zeros): what depends neither on x nor on the ring."""
-    threads, warps_but_one = spec.threads, spec.warps - 1
-    slot_bytes, clear_padding = FLOAT_BYTES * LANES * spec.unit.totals, padding_function(spec)
-    norms = spec.feed == NORM
+    threads, warps_but_one, norms = spec.threads, spec.warps - 1, spec.feed == NORM
+    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
+    clear_padding, fill_table = padding_function(spec), table_filler(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def start(weight, plan, work, beside, zeros):
@@ -117,6 +125,7 @@ def starting_function(spec: KernelSpec) -> Any:
         clear_shared_bytes(slots, end, work.thread, threads)
         clear_shared_bytes(zeros, int32(zeros + HALF_BYTES * ZERO_HALVES), work.thread, threads)
         clear_padding(weight, work.thread, zeros)
+        fill_table(weight, plan, work, zeros)
         i, end = int32(128 * work.thread), int32(HALF_BYTES * weight.columns)
         while weight.target and i < end:
             prefetch(weight.target + i)
@@ -136,8 +145,8 @@ def stage_function(spec: KernelSpec) -> Any:
     stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, plan, x, beside, eps, thread, zeros):
-        factor = stage_input(weight, x, beside, eps, thread, zeros)
+    def stage(weight, plan, x, beside, eps, thread, targets, zeros):
+        factor = stage_input(weight, x, beside, eps, thread, targets, zeros)
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
         sums = int32(zeros + FLOAT_BYTES * plan.sums)
         group = thread
@@ -170,7 +179,7 @@ def item_multiplier(spec: KernelSpec) -> Any:
             add_to_shared(int32(slot + work.lane * lane_bytes), multiply_unit(places, zero))
         else:
             segment = int32(item.place - work.units)
-            start, loads = run_of(weight, int32(work.first_tile + item.tile), segment)
+            start, loads = known_run(weight, plan, work, item, segment, zeros)
             if loads:
                 run = weight.runs + np.int64(start) * LOAD_BYTES
                 x = int32(zeros + HALF_BYTES * (ZERO_HALVES + segment * SEGMENT_COLUMNS))

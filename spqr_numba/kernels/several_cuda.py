@@ -12,6 +12,7 @@ block is one.
     x'             fp16     [inputs / 8, columns, 8 inputs]  of a part
     -X             float32  [inputs / 8, groups / 2, 8 inputs, 2 groups]
     slots          float32  [tiles + warps - 1, 32, totals]  stream_cuda.py
+    starts         int32    [tiles * segments + 1]           of run_starts (runs.py)
     ring           bytes    [warps, stages, unit]
     in its place   float32  [tiles, 32, totals]              the sums of the slots, for the cluster
 """
@@ -57,10 +58,11 @@ from .stream_cuda import (
     WEIGHT,
     KernelSpec,
     clear_shared_bytes,
+    known_run,
     parts_function,
     ring_starter,
     ring_walker,
-    run_of,
+    table_filler,
     work_function,
 )
 from .unit_cuda import (
@@ -125,13 +127,14 @@ def waiting_function(spec: KernelSpec) -> Any:
     """wait_for_x(weight, plan, work, zeros): what does not depend on x, and then until it may be
     read."""
     threads, warps_but_one, early = spec.threads, spec.warps - 1, spec.early
-    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
+    slot_bytes, fill_table = FLOAT_BYTES * LANES * spec.unit.totals, table_filler(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def wait_for_x(weight, plan, work, zeros):
         slots = int32(zeros + FLOAT_BYTES * plan.slots)
         end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
         clear_shared_bytes(slots, end, work.thread, threads)
+        fill_table(weight, plan, work, zeros)
         i = int32(2 * HALF_BYTES * work.rank * plan.pairs + 128 * work.thread)
         end = int32(min(2 * HALF_BYTES * (work.rank + 1) * plan.pairs, HALF_BYTES * weight.columns))
         while weight.target and i < end:
@@ -163,7 +166,7 @@ def item_multiplier(spec: KernelSpec) -> Any:
                 add_to_shared(int32(slot + work.lane * lane_bytes), multiply_unit(places, zero))
         elif item.place < work.units + part.runs:
             segment = int32(part.run + item.place - work.units)
-            start, loads = run_of(weight, int32(work.first_tile + item.tile), segment)
+            start, loads = known_run(weight, plan, work, item, segment, zeros)
             if loads:
                 run = weight.runs + np.int64(start) * LOAD_BYTES
                 x = int32(segment * SEGMENT_COLUMNS - part.unit * columns)

@@ -42,6 +42,7 @@ __all__ = [
     "ZERO_HALVES",
     "cores_kernel",
     "exponent_for",
+    "first_targets_function",
     "larger_exponent",
     "order_kernel",
     "padding_function",
@@ -73,6 +74,7 @@ def cores_kernel(spec: KernelSpec) -> Any:
     (strip_cuda.py): the i-th eight are columns 2i and 2i + 1 of each group.
     """
     threads, unit_columns, stage_own = spec.threads, spec.unit.columns, own_staging_function(spec)
+    first_targets = first_targets_function(spec)
     group_bytes = HALF_BYTES * spec.unit.group_size
     shift, strip_bytes = (spec.unit.group_size // 2).bit_length() - 1, 4 * group_bytes
     early, in_strip = spec.early, (1 << shift) - 1
@@ -82,10 +84,11 @@ def cores_kernel(spec: KernelSpec) -> Any:
     def kernel(weight, x, step, count, inputs, staged_out, factors_out):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+        targets = first_targets(weight, thread)
         if early:
             let_dependents_start()
             wait_for_dependencies()
-        factor = stage_own(weight, x, step, count, own, thread, zeros)
+        factor = stage_own(weight, x, step, count, own, thread, targets, zeros)
         start, eights = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
         eights, block = int32(eights >> 3), divide(own, inputs)
         first = np.int64(block) * eights * inputs + int32(own - block * inputs)
@@ -105,6 +108,7 @@ def order_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, ordered), a block for each input: addresses of [inputs, columns], of fp16
     or, in a spec of fp16 as well, of bf16; 8 divides columns."""
     threads, permute = spec.threads, permuting_function(spec)
+    first_targets = first_targets_function(spec)
     copy = word_gatherer(*range(0, LOAD_BYTES, WORD_BYTES))
 
     @cuda.jit(launch_bounds=(threads, 1))
@@ -112,7 +116,8 @@ def order_kernel(spec: KernelSpec) -> Any:
         start = shared_address(cuda.shared.array(0, np.uint16))
         thread, one = int32(cuda.threadIdx.x), np.float32(1)
         distance = np.int64(cuda.blockIdx.x) * HALF_BYTES * weight.columns
-        permute(weight, x + distance, x, one, one, start, thread)
+        targets = first_targets(weight, thread)
+        permute(weight, x + distance, x, one, one, start, thread, targets)
         cuda.syncthreads()
         i = thread
         while i < weight.columns >> 3:
@@ -123,17 +128,17 @@ def order_kernel(spec: KernelSpec) -> Any:
 
 
 def own_staging_function(spec: KernelSpec) -> Any:
-    """stage_own(weight, x, step, count, own, thread, zeros) -> factor: input `own`, and what is
-    behind its columns; all zeros where there is no such input."""
+    """stage_own(weight, x, step, count, own, thread, targets, zeros) -> factor: input `own`, and
+    what is behind its columns; all zeros where there is no such input."""
     threads, unit_columns = spec.threads, spec.unit.columns
     stage, clear_padding = staging_function(spec), padding_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage_own(weight, x, step, count, own, thread, zeros):
+    def stage_own(weight, x, step, count, own, thread, targets, zeros):
         clear_padding(weight, thread, zeros)
         if own < count:
             at = x + np.int64(own) * step
-            return stage(weight, at, at, np.float32(0), thread, zeros)
+            return stage(weight, at, at, np.float32(0), thread, targets, zeros)
         start, columns = int32(zeros + HALF_BYTES * ZERO_HALVES), int32(weight.units * unit_columns)
         i = thread
         while i < columns:
@@ -146,20 +151,22 @@ def own_staging_function(spec: KernelSpec) -> Any:
 
 
 def staging_function(spec: KernelSpec) -> Any:
-    """stage(weight, x, beside, eps, thread, zeros) -> what to multiply results with.
+    """stage(weight, x, beside, eps, thread, targets, zeros) -> what to multiply results with.
 
-    x', of what the spec's feed makes of x, lies behind the zeros for all threads of the block when
-    it returns; `padding_function` is for what lies behind its columns.
+    targets: `first_targets_function`'s. x', of what the spec's feed makes of x, lies behind the
+    zeros for all threads of the block when it returns; `padding_function` is for what lies behind
+    its columns.
     """
     ratio_of = ratio_function(spec)
     scale_of, permute = scale_function(spec), permuting_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, x, beside, eps, thread, zeros):
+    def stage(weight, x, beside, eps, thread, targets, zeros):
         ratio = ratio_of(weight, x, eps, thread)
         exponent = scale_of(weight, x, beside, ratio, thread)
         start = int32(zeros + HALF_BYTES * ZERO_HALVES)
-        permute(weight, x, beside, ratio, power_of_two(int32(-exponent)), start, thread)
+        factor = power_of_two(int32(-exponent))
+        permute(weight, x, beside, ratio, factor, start, thread, targets)
         cuda.syncthreads()
         return power_of_two(exponent)
 
@@ -231,8 +238,8 @@ def exponent_for(found):
 
 
 def permuting_function(spec: KernelSpec) -> Any:
-    """permute(weight, x, beside, ratio, factor, start, thread): the input times a factor, as fp16,
-    where `target` says."""
+    """permute(weight, x, beside, ratio, factor, start, thread, targets): the input times a factor,
+    as fp16, where `target` says; at first `targets`."""
     threads, bfloat = spec.threads, spec.kind == torch.bfloat16
     words_of, half_of = words_function(spec), half_function(spec)
 
@@ -250,14 +257,15 @@ def permuting_function(spec: KernelSpec) -> Any:
             put(start, targets[k] >> 16, words[k] >> 16, factor)
 
     @cuda.jit(device=True, forceinline=True)
-    def permute(weight, x, beside, ratio, factor, start, thread):
+    def permute(weight, x, beside, ratio, factor, start, thread, targets):
         i, whole = thread, int32(weight.columns >> 3)
         while i < whole:
             also = int32(min(i + threads, whole - 1))  # two at once, to wait for both together
             words, others = words_of(x, beside, ratio, i), words_of(x, beside, ratio, also)
-            targets, other_targets = targets_of(weight, i), targets_of(weight, also)
-            put_all(start, targets, words, factor)
-            put_all(start, other_targets, others, factor)
+            if i != thread:
+                targets = targets_of(weight, i), targets_of(weight, also)
+            put_all(start, targets[0], words, factor)
+            put_all(start, targets[1], others, factor)
             i = int32(i + 2 * threads)
         i = int32(8 * whole + thread)
         while i < weight.columns:
@@ -266,6 +274,23 @@ def permuting_function(spec: KernelSpec) -> Any:
             i = int32(i + threads)
 
     return permute
+
+
+def first_targets_function(spec: KernelSpec) -> Any:
+    """first_targets(weight, thread): those of the numbers that a thread permutes first, read while
+    the input may not be there yet."""
+    threads = spec.threads
+
+    @cuda.jit(device=True, forceinline=True)
+    def first_targets(weight, thread):
+        last = int32((weight.columns >> 3) - 1)
+        if thread <= last:
+            also = int32(min(thread + threads, last))
+            return targets_of(weight, thread), targets_of(weight, also)
+        none = int32(0), int32(0), int32(0), int32(0)
+        return none, none
+
+    return first_targets
 
 
 @cuda.jit(device=True, forceinline=True)

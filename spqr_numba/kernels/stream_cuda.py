@@ -37,9 +37,11 @@ from .ptx import (
     divider,
     end_of_copies,
     load_int32,
+    shared_int32,
+    to_shared_int32,
 )
 from .runs import SEGMENT_COLUMNS, TILE_ROWS, segments_of
-from .unit_cuda import LOAD_BYTES, UnitSpec
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 
 __all__ = [
     "BUFFERS",
@@ -56,11 +58,13 @@ __all__ = [
     "addresses",
     "clear_shared_bytes",
     "columns_function",
+    "known_run",
     "parts_function",
     "ring_starter",
     "ring_walker",
     "run_of",
     "stretches_function",
+    "table_filler",
     "unit_filler",
     "work_function",
 ]
@@ -82,6 +86,7 @@ class KernelSpec:
     early: bool
     ranks: int = 1  # blocks of a cluster
     feed: str | None = None  # NORM or GATE
+    resident: int = 1  # blocks that a multiprocessor's registers are shared out to
 
     @property
     def threads(self) -> int:
@@ -129,6 +134,7 @@ class Plan(NamedTuple):
     columns: int  # of x' in shared memory
     sums: int
     slots: int
+    starts: int
     ring: int
 
 
@@ -310,13 +316,13 @@ def ring_function(spec: KernelSpec) -> Any:
 def ring_starter(spec: KernelSpec) -> Any:
     """start_ring(weight, plan, work, part, first, zeros): the first items are on their way."""
     stages, unit_bytes = spec.stages, spec.unit.bytes
-    fill, ring_of = filler(spec), ring_function(spec)
+    fill, ring_of = filler(spec, item_run), ring_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def start_ring(weight, plan, work, part, first, zeros):
         ring, item = ring_of(plan, work, zeros), first
         for i in range(stages):
-            fill(weight, work, part, item, int32(ring + i * unit_bytes))
+            fill(weight, plan, work, part, item, int32(ring + i * unit_bytes), zeros)
             item = following(work, item)
             end_of_copies()
 
@@ -325,9 +331,9 @@ def ring_starter(spec: KernelSpec) -> Any:
 
 def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
     """walk(weight, plan, work, part, first, zeros): each of the warp's items is given to
-    multiply(weight, plan, work, part, item, at, zeros)."""
-    stages, unit_bytes = spec.stages, spec.unit.bytes
-    fill, ring_of, wait_for_item = filler(spec), ring_function(spec), copies_done(stages - 1)
+    multiply(weight, plan, work, part, item, at, zeros). The table of runs must be there."""
+    stages, unit_bytes, fill = spec.stages, spec.unit.bytes, filler(spec, known_run)
+    ring_of, wait_for_item = ring_function(spec), copies_done(stages - 1)
 
     @cuda.jit(device=True, forceinline=True)
     def walk(weight, plan, work, part, first, zeros):
@@ -342,7 +348,7 @@ def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
             ahead = item
             for _ in range(stages - 1):
                 ahead = following(work, ahead)
-            fill(weight, work, part, ahead, at)
+            fill(weight, plan, work, part, ahead, at, zeros)
             end_of_copies()
             slot = int32(slot + 1 if slot + 1 < stages else 0)
 
@@ -358,21 +364,61 @@ def clear_shared_bytes(begin, end, thread, threads):
         at = int32(at + 8 * threads)
 
 
+# --- Runs
+
+
+def table_filler(spec: KernelSpec) -> Any:
+    """fill_table(weight, plan, work, zeros): run_starts of the block's tiles to shared memory,
+    where another thread finds them behind a barrier. In global memory they are too far away for a
+    warp that has a unit to multiply by."""
+    threads = spec.threads
+
+    @cuda.jit(device=True, forceinline=True)
+    def fill_table(weight, plan, work, zeros):
+        table, i = int32(zeros + WORD_BYTES * plan.starts), work.thread
+        first = np.int64(work.first_tile) * weight.segments
+        while weight.runs and i <= work.tiles * weight.segments:
+            start = load_int32(weight.run_starts + WORD_BYTES * (first + i))
+            to_shared_int32(int32(table + WORD_BYTES * i), start)
+            i = int32(i + threads)
+
+    return fill_table
+
+
+@cuda.jit(device=True, forceinline=True)
+def known_run(weight, plan, work, item, segment, zeros):
+    """`item_run`, from the table."""
+    place = int32(plan.starts + item.tile * weight.segments + segment)
+    start = shared_int32(int32(zeros + WORD_BYTES * place))
+    return start, int32(shared_int32(int32(zeros + WORD_BYTES * (place + 1))) - start)
+
+
+@cuda.jit(device=True, forceinline=True)
+def item_run(weight, plan, work, item, segment, zeros):
+    """`run_of` an item's tile and a segment."""
+    return run_of(weight, int32(work.first_tile + item.tile), segment)
+
+
 # --- Copying ahead
 
 
-def filler(spec: KernelSpec) -> Any:
-    """fill(weight, work, part, item, to): an item on its way to shared memory."""
+def filler(spec: KernelSpec, find_run: Any) -> Any:
+    """fill(weight, plan, work, part, item, to, zeros): an item on its way to shared memory.
+
+    find_run: `item_run`, or `known_run`, which needs the table.
+    """
     fill_unit, fill_run = unit_filler(spec.unit), run_filler(spec.unit)
 
     @cuda.jit(device=True, forceinline=True)
-    def fill(weight, work, part, item, to):
-        tile = int32(work.first_tile + item.tile)
+    def fill(weight, plan, work, part, item, to, zeros):
         if item.left > 0 and item.place < work.units:
             if item.place < part.units:
+                tile = int32(work.first_tile + item.tile)
                 fill_unit(weight, tile, int32(part.unit + item.place), to, work.lane)
         elif item.left > 0 and item.place < work.units + part.runs:
-            fill_run(weight, tile, int32(part.run + item.place - work.units), to, work.lane)
+            segment = int32(part.run + item.place - work.units)
+            start, loads = find_run(weight, plan, work, item, segment, zeros)
+            fill_run(weight, start, loads, to, work.lane)
 
     return fill
 
@@ -396,26 +442,26 @@ def unit_filler(spec: UnitSpec) -> Any:
         place = own
         if transposed:
             place = int32(LOAD_BYTES * ((lane & 3) * 8 + (lane >> 2)))
-        source = weight.records + np.int64(tile * weight.units + unit) * record_bytes + own
+        number = int32(tile * weight.units + unit)
+        source = weight.records + np.int64(number) * record_bytes + own
         copy_codes(int32(to + place), source)
         to = int32(to + own)
         if own < stat_bytes:
             copy_statistics(to, source)
         if own < second_bytes:
-            stats = (tile >> weight.stats_shift) * weight.units + unit
-            source = weight.second_level + np.int64(stats) * second_bytes + own - record_bytes
+            number = int32(int32(tile >> weight.stats_shift) * weight.units + unit)
+            source = weight.second_level + np.int64(number) * second_bytes + own - record_bytes
             copy_second(to, source)
 
     return fill_unit
 
 
 def run_filler(spec: UnitSpec) -> Any:
-    """fill_run(weight, tile, segment, to, lane): one run, as much of it as a unit's place takes."""
+    """fill_run(weight, start, loads, to, lane): one run, as much of it as a unit's place takes."""
     room, copy_ahead = spec.bytes // LOAD_BYTES, copier(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def fill_run(weight, tile, segment, to, lane):
-        start, loads = run_of(weight, tile, segment)
+    def fill_run(weight, start, loads, to, lane):
         source = weight.runs + np.int64(start) * LOAD_BYTES
         at, end = int32(LOAD_BYTES * lane), int32(LOAD_BYTES * min(loads, room))
         while at < end:

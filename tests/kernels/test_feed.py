@@ -119,13 +119,14 @@ def test_ptx(
 ) -> None:
     """No float64, nothing in local memory, no spills."""
     from spqr_numba.kernels import stream_cuda
-    from spqr_numba.kernels.matmul_cuda import RINGS
+    from spqr_numba.kernels.matmul_cuda import crews_of
     from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
     kind = stream_cuda.GATE if eps is None else stream_cuda.NORM
-    ring, early = RINGS[1][0], capability >= (9, 0)
-    spec = stream_cuda.KernelSpec(UnitSpec(3, 3, 16), dtype, *ring, early, feed=kind)
+    unit, early = UnitSpec(3, 3, 16), capability >= (9, 0)
+    warps, stages, _, resident = crews_of(unit, tiles=1, columns=4096)[0]
+    spec = stream_cuda.KernelSpec(unit, dtype, warps, stages, early, feed=kind, resident=resident)
     kernel = product_kernel.__wrapped__(spec)
     ptx = ptx_of(kernel, SIGNATURE, capability)
     assert ("rsqrt.approx" if eps else "ex2.approx") in ptx

@@ -155,6 +155,54 @@ def test_clusters(
     assert_right(run(x, matrix), x, matrix)
 
 
+EACH_CREW = pytest.mark.parametrize(
+    "crew", [(10, 2, 1, 2), (10, 1, 2, 2), (8, 2, 2, 2), (20, 2, 1, 1)], ids=str
+)
+
+
+def give_crew(room: ModuleType, crew: tuple[int, ...], patch: pytest.MonkeyPatch) -> None:
+    """Whatever there is to do."""
+    patch.setattr(room, "crews_of", lambda unit, tiles, columns: [room.Crew(*crew)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@EACH_CREW
+@pytest.mark.parametrize("name", ["ragged", "many units", "tall", "no outliers"])
+def test_crews(
+    name: str, crew: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spqr_numba.kernels import matmul_cuda
+
+    give_crew(matmul_cuda, crew, monkeypatch)
+    matrix = build(name)
+    x = make_x(1, matrix.spec.in_features, dtype=dtype)
+    assert_right(run(x, matrix), x, matrix)
+
+
+@EACH_CREW
+def test_crews_emulated(crew: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = build("many units")
+    x = make_x(1, matrix.spec.in_features, dtype=torch.float16)
+    with emulated("late") as room:
+        give_crew(room, crew, monkeypatch)
+        y = multiply_prepared(x, prepare(matrix), None)
+    assert_right(y, x, matrix)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 6, 11, 14, 1000])
+@pytest.mark.parametrize("columns", [64, 4096, 28672])
+@pytest.mark.parametrize("group_size", [8, 16, 32])
+def test_some_crew_suits_whatever_there_is_to_do(tiles: int, columns: int, group_size: int) -> None:
+    """Its registers are there, and the last one takes little shared memory."""
+    with emulated("early") as room:
+        crews = room.crews_of(room.UnitSpec(3, 3, group_size), tiles, columns)
+    most = 16 if group_size == 32 else 20  # for which registers do, by `test_ptx`
+    assert all(crew.blocks <= crew.resident for crew in crews)
+    assert all(crew.warps * crew.resident <= most for crew in crews)
+    assert (crews[-1].warps, crews[-1].stages, crews[-1].resident) == (8, 1, 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 8, 16, 70])
 def test_same_bits_twice_and_in_a_graph(batch: int) -> None:
@@ -291,32 +339,33 @@ OLD, NEW = (8, 0), (9, 0)
 
 @needs_numba_cuda
 @pytest.mark.parametrize(
-    ("bits", "stat_bits", "group_size", "dtype", "capability"),
+    ("bits", "stat_bits", "group_size", "dtype", "capability", "tiles"),
     [
-        (3, 3, 16, torch.float16, OLD),
-        (3, 3, 16, torch.bfloat16, NEW),
-        (2, 2, 16, torch.float16, OLD),
-        (2, 3, 32, torch.float16, NEW),
-        (4, 4, 16, torch.bfloat16, NEW),
-        (4, 3, 8, torch.float16, NEW),
-        (4, 4, 32, torch.float16, NEW),
-        (3, 3, 8, torch.float16, NEW),
-        (3, 4, 32, torch.float16, NEW),
+        (3, 3, 16, torch.float16, OLD, 1),
+        (3, 3, 16, torch.bfloat16, NEW, 100),
+        (2, 2, 16, torch.float16, OLD, 5),
+        (2, 3, 32, torch.float16, NEW, 1),
+        (4, 4, 16, torch.bfloat16, NEW, 1),
+        (4, 3, 8, torch.float16, NEW, 100),
+        (4, 4, 32, torch.float16, NEW, 100),
+        (3, 3, 8, torch.float16, NEW, 10),
+        (3, 4, 32, torch.float16, NEW, 5),
     ],
     ids=str,
 )
 def test_ptx(
     bits: int, stat_bits: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int],
-    tmp_path: Path,
+    tiles: int, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Tensor cores and copies of 16 bytes; no float64, nothing in local memory, no spills."""
-    from spqr_numba.kernels.matmul_cuda import RINGS
+    from spqr_numba.kernels.matmul_cuda import crews_of
     from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
     from spqr_numba.kernels.stream_cuda import KernelSpec
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
     unit = UnitSpec(bits, stat_bits, group_size)
-    spec = KernelSpec(unit, dtype, *RINGS[1][0], capability >= NEW)
+    warps, stages, _, resident = crews_of(unit, tiles, columns=4096)[0]
+    spec = KernelSpec(unit, dtype, warps, stages, capability >= NEW, resident=resident)
     kernel = product_kernel.__wrapped__(spec)
     ptx = ptx_of(kernel, SIGNATURE, capability)
     assert len(re.findall(PRODUCT.format(16), ptx)) == unit.columns // 16
