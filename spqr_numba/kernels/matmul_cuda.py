@@ -6,7 +6,6 @@ product_cuda.py and several_cuda.py have the kernels; here they are planned, com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,8 +151,7 @@ def make_call(
     weight: PreparedMatrix, kind: torch.dtype, inputs: int, feed: str | None = None
 ) -> Call:
     """Choose the plan, and compile the kernel."""
-    spec, plan, grid = next(plans(weight, kind, inputs))
-    spec = replace(spec, feed=feed)
+    spec, plan, grid = next(plans(weight, kind, inputs, feed))
     launcher = launcher_of(spec, weight.device)
     return Call(launcher, grid, shared_bytes(spec, plan), addresses(weight), plan)
 
@@ -174,38 +172,44 @@ def launcher_of(spec: KernelSpec, device: torch.device) -> Launcher:
     )
 
 
-def plans(weight: PreparedMatrix, kind: torch.dtype, inputs: int) -> Iterator[Planned]:
+def plans(
+    weight: PreparedMatrix, kind: torch.dtype, inputs: int, feed: str | None = None
+) -> Iterator[Planned]:
     """What fits into shared memory, the best first."""
     unit = UnitSpec.of(weight.spec, inputs)
     hopper = torch.cuda.get_device_properties(weight.device).major >= HOPPER
     if inputs == 1:
-        return plans_of_one(weight, unit, kind, early=hopper)
+        return plans_of_one(weight, unit, kind, feed, early=hopper)
     return plans_of_several(weight, unit, kind, hopper=hopper)
 
 
 def plans_of_one(
-    weight: PreparedMatrix, unit: UnitSpec, kind: torch.dtype, *, early: bool
+    weight: PreparedMatrix, unit: UnitSpec, kind: torch.dtype, feed: str | None, *, early: bool
 ) -> Iterator[Planned]:
     """What suits the work of a multiprocessor."""
     at_once = torch.cuda.get_device_properties(weight.device).multi_processor_count
     room, tiles = shared_memory(weight.device), ceil_div(weight.tiles, at_once)
-    for crew in crews_of(unit, tiles, weight.spec.in_features):
-        spec = KernelSpec(unit, kind, crew.warps, crew.stages, early, resident=crew.resident)
-        grid = min(weight.tiles, at_once * crew.blocks)
+    for crew in crews_of(unit, tiles, weight.spec.in_features, fed=feed is not None):
+        warps, stages, blocks, resident = crew
+        spec = KernelSpec(unit, kind, warps, stages, early, feed=feed, resident=resident)
+        grid = min(weight.tiles, at_once * blocks)
         plan = plan_of_one(weight, spec, grid)
-        if shared_bytes(spec, plan) <= room // crew.resident:
+        if shared_bytes(spec, plan) <= room // resident:
             yield spec, plan, grid
 
 
-def crews_of(unit: UnitSpec, tiles: int, columns: int) -> list[Crew]:
+def crews_of(unit: UnitSpec, tiles: int, columns: int, *, fed: bool = False) -> list[Crew]:
     """For so many tiles to a multiprocessor. With few, what runs next already has a place beside
-    them; with many or wide ones, a large block stages x once, and its rings reach far ahead."""
+    them; with many or wide ones, a large block stages x once, and its rings reach far ahead.
+
+    Where x is made first (fed), the rings wait for longer, and so hold more from the beginning.
+    """
     crews: tuple[Crew, ...] = MORE
     if tiles * columns >= MUCH_COLUMNS:
         crews = MUCH
-    elif tiles <= LITTLE_TILES:
+    elif not fed and tiles <= LITTLE_TILES:
         crews = LITTLE
-    elif tiles * columns < SOME_COLUMNS:
+    elif not fed and tiles * columns < SOME_COLUMNS:
         crews = SOME
     most = MOST_WARPS if unit.bits * unit.group_size > LARGE_GROUP else LANES
     return [crew for crew in (*crews, *ANYTHING) if crew.warps * crew.resident <= most]

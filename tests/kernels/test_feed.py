@@ -114,8 +114,9 @@ def test_what_lies_otherwise_is_made_before(eps: float | None) -> None:
 @each_feed
 @each_half
 @each_capability
+@pytest.mark.parametrize("tiles", [1, 100])
 def test_ptx(
-    capability: tuple[int, int], dtype: torch.dtype, eps: float | None, tmp_path: Path
+    tiles: int, capability: tuple[int, int], dtype: torch.dtype, eps: float | None, tmp_path: Path
 ) -> None:
     """No float64, nothing in local memory, no spills."""
     from spqr_numba.kernels import stream_cuda
@@ -125,7 +126,7 @@ def test_ptx(
 
     kind = stream_cuda.GATE if eps is None else stream_cuda.NORM
     unit, early = UnitSpec(3, 3, 16), capability >= (9, 0)
-    warps, stages, _, resident = crews_of(unit, tiles=1, columns=4096)[0]
+    warps, stages, _, resident = crews_of(unit, tiles, columns=4096, fed=True)[0]
     spec = stream_cuda.KernelSpec(unit, dtype, warps, stages, early, feed=kind, resident=resident)
     kernel = product_kernel.__wrapped__(spec)
     ptx = ptx_of(kernel, SIGNATURE, capability)

@@ -162,7 +162,7 @@ EACH_CREW = pytest.mark.parametrize(
 
 def give_crew(room: ModuleType, crew: tuple[int, ...], patch: pytest.MonkeyPatch) -> None:
     """Whatever there is to do."""
-    patch.setattr(room, "crews_of", lambda unit, tiles, columns: [room.Crew(*crew)])
+    patch.setattr(room, "crews_of", lambda *_, **__: [room.Crew(*crew)])
 
 
 @pytest.mark.gpu
@@ -193,10 +193,13 @@ def test_crews_emulated(crew: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 6, 11, 14, 1000])
 @pytest.mark.parametrize("columns", [64, 4096, 28672])
 @pytest.mark.parametrize("group_size", [8, 16, 32])
-def test_some_crew_suits_whatever_there_is_to_do(tiles: int, columns: int, group_size: int) -> None:
+@pytest.mark.parametrize("fed", [False, True])
+def test_some_crew_suits_whatever_there_is_to_do(
+    fed: bool, tiles: int, columns: int, group_size: int
+) -> None:
     """Its registers are there, and the last one takes little shared memory."""
     with emulated("early") as room:
-        crews = room.crews_of(room.UnitSpec(3, 3, group_size), tiles, columns)
+        crews = room.crews_of(room.UnitSpec(3, 3, group_size), tiles, columns, fed=fed)
     most = 16 if group_size == 32 else 20  # for which registers do, by `test_ptx`
     assert all(crew.blocks <= crew.resident for crew in crews)
     assert all(crew.warps * crew.resident <= most for crew in crews)
