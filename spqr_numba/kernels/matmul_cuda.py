@@ -52,21 +52,21 @@ HOPPER = 9  # the compute capability from which there is programmatic dependent 
 class Crew(NamedTuple):
     """How a multiprocessor is manned for one input."""
 
-    warps: int  # of a block
+    warps: int  # of a block; an even number
     stages: int  # of a warp's ring
     blocks: int  # of a product
     resident: int  # blocks that it has room for, the next product's included
 
 
-LITTLE = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
-SOME = Crew(10, 1, 2, 2), Crew(8, 2, 2, 2)
 MORE = (Crew(8, 2, 2, 2),)
+SOME = Crew(10, 1, 2, 2), *MORE
+LITTLE = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
 MUCH = Crew(20, 2, 1, 1), Crew(16, 2, 1, 1)
 ANYTHING = Crew(8, 1, 2, 2), Crew(8, 2, 1, 1), Crew(8, 1, 1, 1)
-LITTLE_TILES = 2
-SOME_COLUMNS, MUCH_COLUMNS = 30_000, 50_000  # of all tiles together
+LITTLE_TILES = 2  # of a multiprocessor; this and the next line are measured on an H200
+SOME_COLUMNS, MUCH_COLUMNS = 30_000, 50_000  # of all its tiles together
 LARGE_GROUP = 48  # bits of codes: larger ones take more registers
-MOST_WARPS = 16  # of a multiprocessor then
+MOST_WARPS, MOST_WARPS_OF_LARGE = 20, 16  # of a multiprocessor, for whose registers there is room
 
 
 class Call(NamedTuple):
@@ -211,7 +211,8 @@ def crews_of(unit: UnitSpec, tiles: int, columns: int, *, fed: bool = False) -> 
         crews = LITTLE
     elif not fed and tiles * columns < SOME_COLUMNS:
         crews = SOME
-    most = MOST_WARPS if unit.bits * unit.group_size > LARGE_GROUP else LANES
+    large = unit.bits * unit.group_size > LARGE_GROUP
+    most = MOST_WARPS_OF_LARGE if large else MOST_WARPS
     return [crew for crew in (*crews, *ANYTHING) if crew.warps * crew.resident <= most]
 
 

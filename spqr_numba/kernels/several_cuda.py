@@ -94,7 +94,7 @@ def several_kernel(spec: KernelSpec) -> Any:
     stage, walk = several_stager(spec), ring_walker(spec, item_multiplier(spec))
     add_shares, write_rows = share_adder(spec), writing_function(spec)
 
-    @cuda.jit(launch_bounds=(spec.threads, 1))
+    @cuda.jit(launch_bounds=(spec.threads, spec.resident))
     def kernel(weight, x, step, y, bias, count, plan):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         slab = int32(0)

@@ -80,7 +80,7 @@ def cores_kernel(spec: KernelSpec) -> Any:
     early, in_strip = spec.early, (1 << shift) - 1
     gather = word_gatherer(*range(0, strip_bytes, group_bytes))
 
-    @cuda.jit(launch_bounds=(threads, 1))
+    @cuda.jit(launch_bounds=(threads, spec.resident))
     def kernel(weight, x, step, count, inputs, staged_out, factors_out):
         zeros = shared_address(cuda.shared.array(0, np.uint16))
         thread, own = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
@@ -111,7 +111,7 @@ def order_kernel(spec: KernelSpec) -> Any:
     first_targets = first_targets_function(spec)
     copy = word_gatherer(*range(0, LOAD_BYTES, WORD_BYTES))
 
-    @cuda.jit(launch_bounds=(threads, 1))
+    @cuda.jit(launch_bounds=(threads, spec.resident))
     def kernel(weight, x, ordered):
         start = shared_address(cuda.shared.array(0, np.uint16))
         thread, one = int32(cuda.threadIdx.x), np.float32(1)

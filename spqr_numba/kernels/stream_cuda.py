@@ -9,8 +9,8 @@ of its last run.
 The *items* of a slab, tile after tile the units and then the runs, are dealt to the warps in
 stretches of equal length. The stretches are the same in every slab, and along them tiles and warps
 both ascend: so no two pairs of a warp and a tile it meets have the same `tile + warp`, the slot for
-the warp's share. Warps whose stretches are side by side run on different schedulers: where some
-stretches are longer by one, no scheduler gets all of these.
+the warp's share. Where each scheduler has as many warps, it has stretches that are side by side:
+those that are longer by one lie apart, so that none gets all of these.
 
 A warp's items come through a ring in shared memory that it alone uses: while it works on one, the
 next are being copied. An item that does not exist (of a part that has fewer) copies nothing.
@@ -368,7 +368,7 @@ def clear_shared_bytes(begin, end, thread, threads):
 
 
 def table_filler(spec: KernelSpec) -> Any:
-    """fill_table(weight, plan, work, zeros): run_starts of the block's tiles to shared memory,
+    """fill_table(weight, plan, work, zeros): run_starts of the cluster's tiles to shared memory,
     where another thread finds them behind a barrier. In global memory they are too far away for a
     warp that has a unit to multiply by."""
     threads = spec.threads
@@ -474,6 +474,6 @@ def run_filler(spec: UnitSpec) -> Any:
 @cuda.jit(device=True, forceinline=True)
 def run_of(weight, tile, segment):
     """Where a run begins, and how long it is, by 16 bytes."""
-    place = weight.run_starts + 4 * (np.int64(tile) * weight.segments + segment)
+    place = weight.run_starts + WORD_BYTES * (np.int64(tile) * weight.segments + segment)
     start = load_int32(place)
-    return start, int32(load_int32(place + 4) - start)
+    return start, int32(load_int32(place + WORD_BYTES) - start)

@@ -190,20 +190,50 @@ def test_crews_emulated(crew: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
     assert_right(y, x, matrix)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3, 6, 11, 14, 1000])
-@pytest.mark.parametrize("columns", [64, 4096, 28672])
-@pytest.mark.parametrize("group_size", [8, 16, 32])
-@pytest.mark.parametrize("fed", [False, True])
-def test_some_crew_suits_whatever_there_is_to_do(
-    fed: bool, tiles: int, columns: int, group_size: int
+@pytest.mark.parametrize(
+    ("tiles", "columns", "fed", "bits", "group_size", "first"),
+    [
+        (1, 64, False, 3, 16, (10, 2, 1, 2)),
+        (2, 4096, False, 3, 16, (10, 2, 1, 2)),
+        (2, 4096, False, 4, 16, (8, 2, 1, 2)),
+        (2, 4096, False, 2, 32, (8, 2, 1, 2)),
+        (2, 4096, True, 3, 16, (8, 2, 2, 2)),
+        (3, 4096, False, 4, 8, (10, 1, 2, 2)),
+        (3, 9999, False, 3, 16, (10, 1, 2, 2)),
+        (3, 9999, False, 3, 32, (8, 2, 2, 2)),
+        (3, 9999, True, 3, 16, (8, 2, 2, 2)),
+        (3, 10000, False, 3, 16, (8, 2, 2, 2)),
+        (3, 16666, False, 3, 16, (8, 2, 2, 2)),
+        (3, 16667, False, 3, 16, (20, 2, 1, 1)),
+        (3, 16667, True, 2, 16, (20, 2, 1, 1)),
+        (3, 16667, True, 4, 16, (16, 2, 1, 1)),
+        (2, 28672, False, 3, 8, (20, 2, 1, 1)),
+    ],
+)
+def test_who_comes_first(
+    tiles: int, columns: int, fed: bool, bits: int, group_size: int, first: tuple[int, ...]
 ) -> None:
-    """Its registers are there, and the last one takes little shared memory."""
+    """Then others, the last of whom takes little shared memory."""
     with emulated("early") as room:
-        crews = room.crews_of(room.UnitSpec(3, 3, group_size), tiles, columns, fed=fed)
-    most = 16 if group_size == 32 else 20  # for which registers do, by `test_ptx`
-    assert all(crew.blocks <= crew.resident for crew in crews)
-    assert all(crew.warps * crew.resident <= most for crew in crews)
-    assert (crews[-1].warps, crews[-1].stages, crews[-1].resident) == (8, 1, 1)
+        crews = room.crews_of(room.UnitSpec(bits, 3, group_size), tiles, columns, fed=fed)
+    assert crews[0] == first
+    assert crews[-1] == (8, 1, 1, 1)
+    assert all(crew.blocks <= crew.resident and crew.warps % 2 == 0 for crew in crews)
+
+
+@pytest.mark.parametrize("columns", [500, 2100, 28672])
+@pytest.mark.parametrize("rows", [16, 112, 1000])
+@pytest.mark.parametrize("inputs", [1, 8, 16])
+def test_room_for_the_table_of_runs(inputs: int, rows: int, columns: int) -> None:
+    """Each block's, between the slots and the rings."""
+    weight = prepare(random_matrix(make_spec(rows, columns), 3, permuted=True))
+    with emulated("early") as room:
+        for spec, plan, grid in room.plans(weight, torch.float16, inputs):
+            tiles = -(-weight.tiles * spec.ranks // grid)
+            words = tiles * segments_of(weight.spec) + 1
+            slots = (tiles + spec.warps - 1) * room.slot_floats(spec)
+            assert plan.slots + slots <= plan.starts
+            assert 4 * (plan.starts + words) <= plan.ring
 
 
 @pytest.mark.gpu
