@@ -57,9 +57,10 @@ PLACES_OF_2 = (
     *((0, 4), (1, 4), (0, 14), (1, 14), (0, 6), (0, 8), (1, 6), (1, 8)),
 )  # (word, shift) of each pair of 2 bits
 PLACES_OF_3 = (
-    *((0, 0), (1, 0), (2, 0), (0, 15), (0, 3), (1, 3), (2, 3), (0, 9)),
-    *((0, 6), (1, 6), (2, 6), (0, 12), (1, 9), (1, 12), (2, 9), (2, 12)),
-)  # the fourth lies elsewhere too
+    *((1, 3), (0, 0), (0, 3), (1, 0), (0, 9), (1, 6), (1, 9), (0, 6)),
+    *((2, 0), (2, 3), (0, 15), (2, 9), (2, 6), (0, 12), (2, 12), (1, 12)),
+)  # that of SPREAD has a bit in each word
+SPREAD = 10
 STATISTICS = ("scale", "zero")
 SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
 
@@ -252,13 +253,13 @@ def pair_places(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
 
     The pairs 4j ... 4j + 3 are one operand, rows g and g + 8 in turns. Where they lie keeps
     `shift_and_place` simple: the codes of a row in one operand are at one place once they are in
-    the mantissa of a half. Of 3 bits a half of a word takes five codes; the sixteenth pair takes
-    the last bit of each of the three words.
+    the mantissa of a half, and few words for the groups t, or t + 4, of an octet. Of 3 bits a half
+    of a word takes five codes; the sixteenth pair takes the last bit of each of the three words.
     """
     operand, register = divmod(pair, 4)
     if bits == 4:
-        return [(register, 4 * operand, 0, 4)]
-    if bits == 3 and pair == 3:
+        return [(operand % 2 * 2 + register // 2, operand // 2 * 8 + register % 2 * 4, 0, 4)]
+    if bits == 3 and pair == SPREAD:
         return [(word, HALF - 1, word, 1) for word in range(bits)]
     word, shift = (PLACES_OF_2 if bits == 2 else PLACES_OF_3)[pair]
     return [(word, shift, 0, bits)]

@@ -62,10 +62,10 @@ def test_other_settings_stay_canonical(settings: dict[str, Any]) -> None:
 
 
 def test_pairs_by_hand() -> None:
-    """Of 3 bits, pair 4 is at bit 3 of word 0; pair 3 lies in the top bits of all three."""
+    """Of 3 bits, pair 2 is at bit 3 of word 0; pair 10 lies in the top bits of all three."""
     codes = torch.zeros(16, 1, 2, dtype=torch.uint8)
-    codes[4, 0] = torch.tensor([5, 2])
-    codes[3, 0] = torch.tensor([0b101, 0b010])
+    codes[2, 0] = torch.tensor([5, 2])
+    codes[10, 0] = torch.tensor([0b101, 0b010])
     words = pack_pairs(codes, 3)
     expected = [5 << 3 | 2 << 19 | 1 << 15, 1 << 31, 1 << 15]
     assert [int(word) & 0xFFFFFFFF for word in words[:, 0]] == expected
