@@ -39,7 +39,7 @@ from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
 from .runs import TILE_ROWS, from_runs, to_runs
 
-__all__ = ["PreparedMatrix", "can_prepare", "padded_columns", "pair_number", "prepare", "units_of"]
+__all__ = ["PreparedMatrix", "can_prepare", "group_pairs", "padded_columns", "prepare", "units_of"]
 
 BLOCK_COLUMNS = 256
 LANES = 32
@@ -59,7 +59,7 @@ PLACES_OF_2 = (
 PLACES_OF_3 = (
     *((1, 3), (0, 0), (0, 3), (1, 0), (0, 9), (1, 6), (1, 9), (0, 6)),
     *((2, 0), (2, 3), (0, 15), (2, 9), (2, 6), (0, 12), (2, 12), (1, 12)),
-)  # that of SPREAD has a bit in each word
+)  # in another order a kernel of many inputs spills; that of SPREAD has a bit in each word
 SPREAD = 10
 STATISTICS = ("scale", "zero")
 SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
@@ -253,8 +253,9 @@ def pair_places(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
 
     The pairs 4j ... 4j + 3 are one operand, rows g and g + 8 in turns. Where they lie keeps
     `shift_and_place` simple: the codes of a row in one operand are at one place once they are in
-    the mantissa of a half, and few words for the groups t, or t + 4, of an octet. Of 3 bits a half
-    of a word takes five codes; the sixteenth pair takes the last bit of each of the three words.
+    the mantissa of a half. And it keeps registers free: the pairs of `group_pairs` are in few
+    words. Of 3 bits a half of a word takes five codes; the pair SPREAD, the sixteenth, takes the
+    last bit of each of the three words.
     """
     operand, register = divmod(pair, 4)
     if bits == 4:
@@ -272,10 +273,11 @@ def shift_and_place(bits: int, shift: int) -> tuple[int, int]:
     return places, shift - places
 
 
-def pair_number(pairs: int, octet: int, half: int, part: int, row: int) -> int:
-    """Which of a quarter's pairs in a block it is: of an octet, of the group t or t + 4 (half), the
-    part-th of `pairs`, of row g or g + 8."""
-    return 2 * ((2 * octet + half) * pairs + part) + row
+def group_pairs(pairs: int, octet: int, half: int) -> range:
+    """Which of a quarter's pairs in a block are those of the group t or t + 4 (half) of an octet:
+    of rows g and g + 8 in turns, for each of its `pairs`."""
+    first = 2 * (2 * octet + half) * pairs
+    return range(first, first + 2 * pairs)
 
 
 def octets_and_pairs(spec: MatrixSpec) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import both, exact_codes
-from .prepared import QUARTERS, pair_number
+from .prepared import QUARTERS, group_pairs
 from .ptx import Ptx, i32
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed, unpacked
 from .unit_numbers_cuda import loaded_words, owners, taken_words
@@ -80,10 +80,7 @@ class Strip(Unit):
     def words_of(self, octet: int, half: int) -> Iterator[ir.Value]:
         """Words of rows g and g + 8 in turns, from the group's first two columns on."""
         scales, offsets = zip(*self.statistics(octet, half), strict=True)
-        in_block, pairs = octet % self.spec.octets, self.spec.pairs
-        which = [
-            pair_number(pairs, in_block, half, part, row) for part in range(pairs) for row in (0, 1)
-        ]
+        which = group_pairs(self.spec.pairs, octet % self.spec.octets, half)
         loaded, rows, number = loaded_words(self, self.codes), len(scales), 0
         for quarter in range(QUARTERS):
             for code in exact_codes(self.ptx, [word[quarter] for word in loaded], which):

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import SUBNORMAL_UNIT, code_place, masked_pair
-from .prepared import LANES, OCTET, QUAD, QUARTERS, pair_number
+from .prepared import LANES, OCTET, QUAD, QUARTERS, group_pairs
 from .ptx import Ptx, f32, i32, i64
 from .runs import TILE_ROWS
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
@@ -187,8 +187,7 @@ class UnitOfNumbers(Unit):
         minus_zero = self.builder.fsub(f32(-0.0), zero)
         for quarter in range(QUARTERS):
             of_quarter = [word[quarter] for word in words]
-            for part in range(spec.pairs):
-                pair = pair_number(spec.pairs, octet, half, part, row)
+            for pair in group_pairs(spec.pairs, octet, half)[row::2]:
                 place = code_place(spec.bits, pair)
                 codes = masked_pair(self.ptx, of_quarter, pair)
                 for code in self.ptx.floats(codes):

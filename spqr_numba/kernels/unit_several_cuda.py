@@ -27,7 +27,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import group_codes, group_places
-from .prepared import LANES, OCTET, QUARTERS, pair_number
+from .prepared import LANES, OCTET, QUARTERS, group_pairs
 from .ptx import Ptx, f32, i32
 from .unit_cuda import LOAD_BYTES, Unit, packed
 
@@ -142,11 +142,7 @@ class UnitOfSeveral(Unit):
             for x in self.inputs
         ]
         for half in range(2):
-            a = [
-                pairs[pair_number(spec.pairs, octet, half, part, row)]
-                for part in range(spec.pairs)
-                for row in (0, 1)
-            ]
+            a = [pairs[pair] for pair in group_pairs(spec.pairs, octet, half)]
             b = [part[half * spec.pairs : (half + 1) * spec.pairs] for part in inputs]
             sums = [value for part in b for value in self.ptx.mma([f32(0)] * 4, a, part)]
             totals = [
