@@ -88,7 +88,8 @@ def product_kernel(spec: KernelSpec) -> Any:
     all fp16 or bf16, and of bias [rows] or 0; beside and eps as the spec's feed has them (feed.py).
     """
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
-    start_ring, start, stage = ring_starter(spec), starting_function(spec), stage_function(spec)
+    start_ring = ring_starter(spec, range(spec.stages))
+    start, stage = starting_function(spec), stage_function(spec)
     first_targets = first_targets_function(spec)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 

@@ -243,20 +243,33 @@ shared_float = _loader("shared_float", "ld.shared.f32", "float32", "float32 in s
 shared_uint16 = _loader("shared_uint16", "ld.shared.b16", "uint16", "uint16 in shared memory.")
 
 
-@intrinsic
-def load_words(typingctx, address):
-    """Four int32 at an address that 16 divides."""
-    result = types.UniTuple(types.int32, 4)
+def _four_loader(name: str, instruction: str, kind: str, doc: str) -> Any:
+    """As `_loader`: four numbers, from an address that 16 divides."""
+    number, letter, llvm = KINDS[kind]
+    pointer, pointer_letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
+    result = types.UniTuple(number, 4)
 
-    def codegen(context, builder, signature, arguments):
-        text = "ld.global.v4.u32 {$0, $1, $2, $3}, [$4]"
-        words = Ptx(builder).emit(text, "=r,=r,=r,=r,l", [WORD] * 4, arguments, ordered=True)
-        value = ir.Constant(context.get_value_type(result), ir.Undefined)
-        for i, word in enumerate(words):
-            value = builder.insert_value(value, word, i)
-        return value
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, arguments):
+            text = f"{instruction} {{$0, $1, $2, $3}}, [$4]"
+            constraints = ",".join([f"={letter}"] * 4 + [pointer_letter])
+            numbers = Ptx(builder).emit(text, constraints, [llvm] * 4, arguments, ordered=True)
+            value = ir.Constant(context.get_value_type(result), ir.Undefined)
+            for i, number in enumerate(numbers):
+                value = builder.insert_value(value, number, i)
+            return value
 
-    return result(types.int64), codegen
+        return result(pointer), codegen
+
+    load.__name__, load.__doc__ = name, doc
+    return load
+
+
+load_words = _four_loader("load_words", "ld.global.v4.u32", "int32", "Four int32 at an address.")
+four_floats = _four_loader(
+    "four_floats", "ld.shared.v4.f32", "float32", "Four float32 in shared memory."
+)
 
 
 @intrinsic
@@ -446,8 +459,8 @@ def of_rank(typingctx, address, rank):
     return types.int32(types.int32, types.int32), codegen
 
 
-cluster_float = _loader(
-    "cluster_float", "ld.shared::cluster.b32", "float32", "float32 where `of_rank` says."
+cluster_floats = _four_loader(
+    "cluster_floats", "ld.shared::cluster.v4.f32", "float32", "Four float32 where `of_rank` says."
 )
 to_cluster_int32 = _storer(
     "to_cluster_int32", "st.shared::cluster.b32", "int32", "int32 to where `of_rank` says."

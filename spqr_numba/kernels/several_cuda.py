@@ -4,7 +4,8 @@ A cluster of blocks owns some tiles, and each of its blocks some of the columns 
 that x' of these fits into its shared memory. The cluster stages x' together
 (several_inputs_cuda.py), and in the end each block adds up some rows of all. In between no warp
 waits for another but where all need the next slab of the inputs. On a GPU that has no clusters a
-block is one.
+block is one. A copy stands in the way of a warp's later loads, so before x' is staged rings begin
+with no more than an item.
 
     shared memory  dtype    shape
     exponents      int32    [8 ranks, 16 inputs]             the largest of a bf16 input
@@ -31,9 +32,10 @@ from .launch import numba_cuda
 from .prepared import LANES, OCTET, UNIT_OCTETS
 from .product_cuda import FLOAT_BYTES
 from .ptx import (
-    cluster_float,
+    cluster_floats,
     divide,
     divider,
+    four_floats,
     let_dependents_start,
     load_uint16,
     of_rank,
@@ -52,6 +54,7 @@ from .several_inputs_cuda import (
     cluster_functions,
     factor_finder,
     several_stager,
+    summer,
 )
 from .stream_cuda import (
     PLAN,
@@ -69,7 +72,6 @@ from .unit_cuda import (
     HALF_BYTES,
     LOAD_BYTES,
     add_to_shared,
-    four_floats,
     put_floats,
     unit_multiplier,
 )
@@ -89,9 +91,12 @@ def several_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, step, y, bias, count, plan): addresses of x [count, columns], `step` bytes
     from row to row, of y [count, rows], all fp16 or bf16, and of bias [rows] or 0."""
     arrive, publish, wait = cluster_functions(spec)
-    work_of, part_of, start_ring = work_function(spec), parts_function(spec), ring_starter(spec)
+    work_of, part_of = work_function(spec), parts_function(spec)
+    start_ring = ring_starter(spec, range(1))
+    fill_ring = ring_starter(spec, range(1, spec.stages))
     wait_for_x, find_factors = waiting_function(spec), factor_finder(spec)
-    stage, walk = several_stager(spec), ring_walker(spec, item_multiplier(spec))
+    stage, sum_groups = several_stager(spec), summer(spec)
+    walk = ring_walker(spec, item_multiplier(spec))
     add_shares, write_rows = share_adder(spec), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, spec.resident))
@@ -109,6 +114,11 @@ def several_kernel(spec: KernelSpec) -> Any:
             if slab == 0:
                 find_factors(weight, plan, x, step, count, work, zeros)
             stage(weight, plan, x, step, count, work, part, slab, zeros)
+            publish()
+            fill_ring(weight, plan, work, part, first, zeros)
+            wait()
+            sum_groups(weight, plan, work, part, zeros)
+            cuda.syncthreads()
             walk(weight, plan, work, part, first, zeros)
             slab = int32(slab + 1)
         cuda.syncthreads()
@@ -236,46 +246,63 @@ def share_adder(spec: KernelSpec) -> Any:
 def writing_function(spec: KernelSpec) -> Any:
     """write_rows(...): what the cluster's blocks found for a share of its tiles, and the bias, to
     y."""
-    threads, inputs, ranks = spec.threads, spec.unit.inputs, spec.ranks
-    divide_by_ranks, divide_by_tile = divider(ranks), divider(TILE_ROWS * inputs)
-    bfloat, sum_ranks = spec.kind == torch.bfloat16, rank_summer(spec)
-    to_float = bfloat_to_float if bfloat else half_to_float
-    from_float = float_to_bfloat if bfloat else float_to_half
+    threads, ranks, eights = spec.threads, spec.ranks, spec.unit.inputs // AT_ONCE
+    divide_by_ranks, divide_by_loads = divider(ranks), divider(LANES * eights)
+    divide_by_eights, sum_ranks, put = divider(eights), rank_summer(spec), total_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def write_rows(weight, plan, work, zeros, y, bias, count):
         i, tiles = work.thread, divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
-        while i < tiles * (TILE_ROWS * inputs):
-            own, in_tile = int32(i >> 4 & (inputs - 1)), int32(i & (TILE_ROWS - 1))
-            tile = int32(divide_by_tile(i) * ranks + work.rank)
-            row = int32((work.first_tile + tile) * TILE_ROWS + in_tile)
-            if row < weight.rows and own < count:
-                total = sum_ranks(plan, tile, in_tile, own, zeros) * np.float32(1 / SUBNORMAL_UNIT)
-                if bfloat:
-                    total *= shared_float(int32(zeros + FACTORS + FLOAT_BYTES * own))
-                if bias:
-                    total += to_float(load_uint16(bias + HALF_BYTES * np.int64(row)))
-                place = y + HALF_BYTES * (np.int64(own) * weight.rows + row)
-                store_uint16(place, from_float(total))
+        while i < tiles * (LANES * eights):
+            tile = int32(divide_by_loads(i) * ranks + work.rank)
+            load = int32(i & (LANES * eights - 1))
+            place = int32(zeros + plan.ring + LOAD_BYTES * (tile * (LANES * eights) + load))
+            a, b, c, d = sum_ranks(place)
+            lane = divide_by_eights(load)
+            row = int32((work.first_tile + tile) * TILE_ROWS + (lane >> 2))
+            own = int32((load - lane * eights) * AT_ONCE + 2 * (lane & 3))
+            put(weight, row, own, a, zeros, y, bias, count)
+            put(weight, row, int32(own + 1), b, zeros, y, bias, count)
+            put(weight, int32(row + 8), own, c, zeros, y, bias, count)
+            put(weight, int32(row + 8), int32(own + 1), d, zeros, y, bias, count)
             i = int32(i + threads)
 
     return write_rows
 
 
 def rank_summer(spec: KernelSpec) -> Any:
-    """sum_ranks(plan, tile, row, own, zeros) -> all blocks' sums of a row and an input."""
-    ranks, lane_bytes = spec.ranks, FLOAT_BYTES * spec.unit.totals
+    """sum_ranks(place) -> all blocks' sums of four totals (unit_several_cuda.py)."""
+    ranks = spec.ranks
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_ranks(plan, tile, row, own, zeros):
-        lane = int32((row & 7) * 4 + ((own & 7) >> 1))
-        place = int32(zeros + plan.ring + (tile * LANES + lane) * lane_bytes)
-        place = int32(place + FLOAT_BYTES * ((own >> 3) * 4 + (row >> 3) * 2 + (own & 1)))
+    def sum_ranks(place):
         if ranks == 1:
-            return shared_float(place)
-        total = np.float32(0)
-        for rank in range(ranks):
-            total += cluster_float(of_rank(place, int32(rank)))
-        return total
+            return four_floats(place)
+        a, b, c, d = cluster_floats(of_rank(place, int32(0)))
+        for rank in range(1, ranks):
+            e, f, g, h = cluster_floats(of_rank(place, int32(rank)))
+            a, b, c, d = a + e, b + f, c + g, d + h
+        return a, b, c, d
 
     return sum_ranks
+
+
+def total_putter(spec: KernelSpec) -> Any:
+    """put(weight, row, own, total, zeros, y, bias, count): what a row gives with an input, to y, if
+    there are such."""
+    bfloat = spec.kind == torch.bfloat16
+    to_float = bfloat_to_float if bfloat else half_to_float
+    from_float = float_to_bfloat if bfloat else float_to_half
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(weight, row, own, total, zeros, y, bias, count):
+        if row < weight.rows and own < count:
+            total *= np.float32(1 / SUBNORMAL_UNIT)
+            if bfloat:
+                total *= shared_float(int32(zeros + FACTORS + FLOAT_BYTES * own))
+            if bias:
+                total += to_float(load_uint16(bias + HALF_BYTES * np.int64(row)))
+            place = y + HALF_BYTES * (np.int64(own) * weight.rows + row)
+            store_uint16(place, from_float(total))
+
+    return put

@@ -48,6 +48,7 @@ __all__ = [
     "cluster_functions",
     "factor_finder",
     "several_stager",
+    "summer",
 ]
 
 cuda = numba_cuda()
@@ -77,24 +78,20 @@ def cluster_functions(spec: KernelSpec) -> tuple[Any, Any, Any]:
 
 
 def several_stager(spec: KernelSpec) -> Any:
-    """stage(weight, plan, x, step, count, work, part, slab, zeros): x' and -X of a slab.
+    """stage(weight, plan, x, step, count, work, part, slab, zeros): the block's share of a slab's
+    x', which it must publish.
 
     x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. Inputs from `count`
-    on are zero. When it begins the cluster's blocks must be done with the slab before, and when
-    it returns all threads see this one.
+    on are zero. When it begins the cluster's blocks must be done with the slab before.
     """
-    columns_of, (_, publish, wait) = columns_function(spec), cluster_functions(spec)
-    clear_padding, scatter, sum_groups = padding(spec), scatterer(spec), summer(spec)
+    columns_of = columns_function(spec)
+    clear_padding, scatter = padding(spec), scatterer(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def stage(weight, plan, x, step, count, work, part, slab, zeros):
         first, end = columns_of(weight, part)
         clear_padding(weight, plan, first, end, work.thread, zeros)
         scatter(weight, plan, x, step, count, work, slab, zeros)
-        publish()
-        wait()
-        sum_groups(plan, int32(end - first), work, zeros)
-        cuda.syncthreads()
 
     return stage
 
@@ -169,9 +166,9 @@ def pair_loader(spec: KernelSpec) -> Any:
     inputs, and where these columns go, two to a word."""
 
     @cuda.jit(device=True, forceinline=True)
-    def load_input(x, step, count, own, column):
-        if own < count:
-            return load_word(x + np.int64(own) * step + HALF_BYTES * column)
+    def load_input(place, there):
+        if there:
+            return load_word(place)
         return int32(0)
 
     @cuda.jit(device=True, forceinline=True)
@@ -184,16 +181,17 @@ def pair_loader(spec: KernelSpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def load(weight, x, step, count, eight, column):
-        own = int32(AT_ONCE * eight)
+        first, behind = int32(AT_ONCE * eight), int32(count - AT_ONCE * eight)
+        place = x + np.int64(first) * step + HALF_BYTES * column
         return (
-            load_input(x, step, count, own, column),
-            load_input(x, step, count, int32(own + 1), column),
-            load_input(x, step, count, int32(own + 2), column),
-            load_input(x, step, count, int32(own + 3), column),
-            load_input(x, step, count, int32(own + 4), column),
-            load_input(x, step, count, int32(own + 5), column),
-            load_input(x, step, count, int32(own + 6), column),
-            load_input(x, step, count, int32(own + 7), column),
+            load_input(place, behind > 0),
+            load_input(place + step, behind > 1),
+            load_input(place + 2 * step, behind > 2),
+            load_input(place + 3 * step, behind > 3),
+            load_input(place + 4 * step, behind > 4),
+            load_input(place + 5 * step, behind > 5),
+            load_input(place + 6 * step, behind > 6),
+            load_input(place + 7 * step, behind > 7),
             targets_of(weight, column),
         )
 
@@ -245,10 +243,11 @@ def column_putter(spec: KernelSpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def put_column(weight, plan, slab, eight, target, words, zeros):
+        from_zero = place_of(plan, eight, target, zeros)  # parts begin with a group
         for rank in range(ranks):
             first, end = columns_of(weight, part_of(weight, plan, int32(rank), slab))
             if first <= target and target < end:
-                place = place_of(plan, eight, int32(target - first), zeros)
+                place = int32(from_zero - LOAD_BYTES * first)
                 if ranks == 1:
                     to_shared_load(place, words[0], words[1], words[2], words[3])
                 else:
@@ -262,14 +261,16 @@ def column_putter(spec: KernelSpec) -> Any:
 
 
 def summer(spec: KernelSpec) -> Any:
-    """sum_groups(plan, columns, work, zeros): -X of so many columns, two groups at a time."""
+    """sum_groups(weight, plan, work, part, zeros): -X of a part, two groups at a time."""
     warps, sum_pair = spec.warps, pair_summer(spec.unit.group_size)
     pair_columns, eights = 2 * spec.unit.group_size, spec.unit.inputs // AT_ONCE
     pair_bytes, divide_by_columns = 2 * WORD_BYTES * AT_ONCE, divider(pair_columns)
+    columns_of = columns_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_groups(plan, columns, work, zeros):
-        pairs, most = divide_by_columns(columns), divide_by_columns(plan.columns)
+    def sum_groups(weight, plan, work, part, zeros):
+        first, end = columns_of(weight, part)
+        pairs, most = divide_by_columns(int32(end - first)), divide_by_columns(plan.columns)
         pair = work.warp
         while pair < pairs:
             for eight in range(eights):

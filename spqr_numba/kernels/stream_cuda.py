@@ -313,15 +313,18 @@ def ring_function(spec: KernelSpec) -> Any:
     return ring_of
 
 
-def ring_starter(spec: KernelSpec) -> Any:
-    """start_ring(weight, plan, work, part, first, zeros): the first items are on their way."""
-    stages, unit_bytes = spec.stages, spec.unit.bytes
-    fill, ring_of = filler(spec, item_run), ring_function(spec)
+def ring_starter(spec: KernelSpec, places: range) -> Any:
+    """start_ring(weight, plan, work, part, first, zeros): the items of these places of the ring,
+    counted from `first`, are on their way. It needs no table of runs."""
+    unit_bytes, fill, ring_of = spec.unit.bytes, filler(spec, item_run), ring_function(spec)
+    begin, end = places.start, places.stop
 
     @cuda.jit(device=True, forceinline=True)
     def start_ring(weight, plan, work, part, first, zeros):
         ring, item = ring_of(plan, work, zeros), first
-        for i in range(stages):
+        for _ in range(begin):
+            item = following(work, item)
+        for i in range(begin, end):
             fill(weight, plan, work, part, item, int32(ring + i * unit_bytes), zeros)
             item = following(work, item)
             end_of_copies()

@@ -39,7 +39,6 @@ __all__ = [
     "UnitOfOne",
     "UnitSpec",
     "add_to_shared",
-    "four_floats",
     "group_summer",
     "put_floats",
     "unit_multiplier",
@@ -347,16 +346,6 @@ def put_floats(typingctx, address, values):
         return context.get_dummy_value()
 
     return types.none(address, values), codegen
-
-
-@intrinsic
-def four_floats(typingctx, address):
-    """float32 [4] of shared memory, at an int32 address that 16 divides."""
-
-    def codegen(context, builder, signature, arguments):
-        return packed(builder, Ptx(builder).load_shared_floats(arguments[0], 4))
-
-    return types.UniTuple(types.float32, 4)(types.int32), codegen
 
 
 def add_floats(ptx: Ptx, address: ir.Value, values: list[ir.Value]) -> None:

@@ -115,7 +115,8 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "store_float": partial(write, ctypes.c_float, float),
             "word_gatherer": word_gatherer,
             "of_rank": lambda address, rank: np.int32((rank + 1) * RANK_STEP + address),
-            "cluster_float": partial(shared, FLOAT),
+            "four_floats": four_floats,
+            "cluster_floats": four_floats,
             "to_cluster_int32": partial(to_shared, np.int32),
             "to_cluster_load": to_shared_load,
             "arrive_in_cluster": lambda: None,
@@ -140,7 +141,6 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "group_summer": group_summer,
             "add_to_shared": add_to_shared,
             "put_floats": put_floats,
-            "four_floats": lambda address: tuple(shared(FLOAT, address + 4 * i) for i in range(4)),
         },
         "outlier_cuda": {
             "i32": constants["i32"],
@@ -380,6 +380,12 @@ def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
 def shared(dtype: Any, address: Any) -> Any:
     """A number in shared memory."""
     return place_in_shared(dtype, address)[0]
+
+
+def four_floats(address: Any) -> tuple[Any, ...]:
+    """Four float32 in shared memory."""
+    assert address % LOAD_BYTES == 0
+    return tuple(shared(FLOAT, address + 4 * i) for i in range(4))
 
 
 def to_shared(dtype: Any, address: Any, value: Any) -> None:
