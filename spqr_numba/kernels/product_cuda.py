@@ -56,7 +56,7 @@ from .stream_cuda import (
     clear_shared_bytes,
     known_run,
     parts_function,
-    ring_starter,
+    ring_starters,
     ring_walker,
     stretches_function,
     table_filler,
@@ -88,9 +88,9 @@ def product_kernel(spec: KernelSpec) -> Any:
     all fp16 or bf16, and of bias [rows] or 0; beside and eps as the spec's feed has them (feed.py).
     """
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
-    start_ring = ring_starter(spec, range(spec.stages))
-    start, stage = starting_function(spec), stage_function(spec)
-    first_targets = first_targets_function(spec)
+    (start_ring, fill_ring), start = ring_starters(spec), starting_function(spec)
+    first_targets, stage = first_targets_function(spec), staging_function(spec)
+    sum_groups = summer(spec)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, spec.resident))
@@ -104,7 +104,10 @@ def product_kernel(spec: KernelSpec) -> Any:
         if early:
             wait_for_dependencies()
             let_dependents_start()
-        stage(weight, plan, x, beside, eps, work.thread, targets, zeros)
+        factor = stage(weight, x, beside, eps, work.thread, targets, zeros)
+        fill_ring(weight, plan, work, part, first, zeros)
+        sum_groups(weight, plan, factor, work.thread, zeros)
+        cuda.syncthreads()
         walk(weight, plan, work, part, first, zeros)
         cuda.syncthreads()
         work, _ = work_of(weight, plan)
@@ -140,14 +143,13 @@ def starting_function(spec: KernelSpec) -> Any:
 # --- The inputs
 
 
-def stage_function(spec: KernelSpec) -> Any:
-    """stage(...): x', X and the factor of one input."""
+def summer(spec: KernelSpec) -> Any:
+    """sum_groups(weight, plan, factor, thread, zeros): X of one input, and its factor beside it."""
     threads, group_bytes = spec.threads, HALF_BYTES * spec.unit.group_size
-    stage_input, sum_group = staging_function(spec), group_summer(spec.unit.group_size)
+    sum_group = group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, plan, x, beside, eps, thread, targets, zeros):
-        factor = stage_input(weight, x, beside, eps, thread, targets, zeros)
+    def sum_groups(weight, plan, factor, thread, zeros):
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
         sums = int32(zeros + FLOAT_BYTES * plan.sums)
         group = thread
@@ -157,9 +159,8 @@ def stage_function(spec: KernelSpec) -> Any:
             group = int32(group + threads)
         if thread == 0:
             to_shared_float(int32(sums - FLOAT_BYTES * FACTOR_FLOATS), factor)
-        cuda.syncthreads()
 
-    return stage
+    return sum_groups
 
 
 # --- Multiplying

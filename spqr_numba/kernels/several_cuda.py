@@ -4,8 +4,7 @@ A cluster of blocks owns some tiles, and each of its blocks some of the columns 
 that x' of these fits into its shared memory. The cluster stages x' together
 (several_inputs_cuda.py), and in the end each block adds up some rows of all. In between no warp
 waits for another but where all need the next slab of the inputs. On a GPU that has no clusters a
-block is one. A copy stands in the way of a warp's later loads, so before x' is staged rings begin
-with no more than an item.
+block is one.
 
     shared memory  dtype    shape
     exponents      int32    [8 ranks, 16 inputs]             the largest of a bf16 input
@@ -63,7 +62,7 @@ from .stream_cuda import (
     clear_shared_bytes,
     known_run,
     parts_function,
-    ring_starter,
+    ring_starters,
     ring_walker,
     table_filler,
     work_function,
@@ -92,8 +91,7 @@ def several_kernel(spec: KernelSpec) -> Any:
     from row to row, of y [count, rows], all fp16 or bf16, and of bias [rows] or 0."""
     arrive, publish, wait = cluster_functions(spec)
     work_of, part_of = work_function(spec), parts_function(spec)
-    start_ring = ring_starter(spec, range(1))
-    fill_ring = ring_starter(spec, range(1, spec.stages))
+    start_ring, fill_ring = ring_starters(spec)
     wait_for_x, find_factors = waiting_function(spec), factor_finder(spec)
     stage, sum_groups = several_stager(spec), summer(spec)
     walk = ring_walker(spec, item_multiplier(spec))

@@ -60,7 +60,7 @@ __all__ = [
     "columns_function",
     "known_run",
     "parts_function",
-    "ring_starter",
+    "ring_starters",
     "ring_walker",
     "run_of",
     "stretches_function",
@@ -97,6 +97,13 @@ class KernelSpec:
     def segment_units(self) -> int:
         """Units of a segment."""
         return SEGMENT_COLUMNS // self.unit.columns
+
+    @property
+    def begun(self) -> int:
+        """Places of a ring that are filled before x' is staged. A warp waits until its copies are
+        asked for, and x' for the warp; there is time for all where blocks of the product before
+        still run beside these."""
+        return self.stages if self.resident > 1 else 1
 
 
 class Weight(NamedTuple):
@@ -313,23 +320,25 @@ def ring_function(spec: KernelSpec) -> Any:
     return ring_of
 
 
-def ring_starter(spec: KernelSpec, places: range) -> Any:
-    """start_ring(weight, plan, work, part, first, zeros): the items of these places of the ring,
-    counted from `first`, are on their way. It needs no table of runs."""
+def ring_starters(spec: KernelSpec) -> list[Any]:
+    """start_ring(weight, plan, work, part, first, zeros), and what fills the rest of the ring: its
+    first items are on their way. Neither needs the table of runs."""
     unit_bytes, fill, ring_of = spec.unit.bytes, filler(spec, item_run), ring_function(spec)
-    begin, end = places.start, places.stop
 
-    @cuda.jit(device=True, forceinline=True)
-    def start_ring(weight, plan, work, part, first, zeros):
-        ring, item = ring_of(plan, work, zeros), first
-        for _ in range(begin):
-            item = following(work, item)
-        for i in range(begin, end):
-            fill(weight, plan, work, part, item, int32(ring + i * unit_bytes), zeros)
-            item = following(work, item)
-            end_of_copies()
+    def starter(begin: int, end: int) -> Any:
+        @cuda.jit(device=True, forceinline=True)
+        def start_ring(weight, plan, work, part, first, zeros):
+            ring, item = ring_of(plan, work, zeros), first
+            for _ in range(begin):
+                item = following(work, item)
+            for i in range(begin, end):
+                fill(weight, plan, work, part, item, int32(ring + i * unit_bytes), zeros)
+                item = following(work, item)
+                end_of_copies()
 
-    return start_ring
+        return start_ring
+
+    return [starter(0, spec.begun), starter(spec.begun, spec.stages)]
 
 
 def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
