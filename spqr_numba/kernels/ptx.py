@@ -217,16 +217,26 @@ KINDS: dict[str, tuple[Any, str, Any]] = {
 """Name of a number -> Numba's type, the letter of its registers, LLVM's type."""
 
 
-def _loader(name: str, instruction: str, kind: str, doc: str) -> Any:
-    """An intrinsic that loads a number of a kind: from an int64 address, of shared memory int32."""
-    result, letter, llvm = KINDS[kind]
+def _loader(name: str, instruction: str, kind: str, doc: str, count: int = 1) -> Any:
+    """An intrinsic that loads a number of a kind, or so many side by side as a tuple: from an int64
+    address, of shared memory int32."""
+    number, letter, llvm = KINDS[kind]
     pointer, pointer_letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
+    result = number if count == 1 else types.UniTuple(number, count)
+    places = ", ".join(f"${i}" for i in range(count))
+    text = f"{instruction} {places if count == 1 else f'{{{places}}}'}, [${count}]"
+    constraints = ",".join([f"={letter}"] * count + [pointer_letter])
 
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, signature, arguments):
-            text, constraints = f"{instruction} $0, [$1]", f"={letter},{pointer_letter}"
-            return Ptx(builder).emit(text, constraints, [llvm], arguments, ordered=True)
+            loaded = Ptx(builder).emit(text, constraints, [llvm] * count, arguments, ordered=True)
+            if count == 1:
+                return loaded
+            value = ir.Constant(context.get_value_type(result), ir.Undefined)
+            for i, one in enumerate(loaded):
+                value = builder.insert_value(value, one, i)
+            return value
 
         return result(pointer), codegen
 
@@ -241,34 +251,11 @@ load_uint16 = _loader("load_uint16", "ld.global.nc.b16", "uint16", "uint16 at an
 shared_int32 = _loader("shared_int32", "ld.shared.b32", "int32", "int32 in shared memory.")
 shared_float = _loader("shared_float", "ld.shared.f32", "float32", "float32 in shared memory.")
 shared_uint16 = _loader("shared_uint16", "ld.shared.b16", "uint16", "uint16 in shared memory.")
-
-
-def _four_loader(name: str, instruction: str, kind: str, doc: str) -> Any:
-    """As `_loader`: four numbers, from an address that 16 divides."""
-    number, letter, llvm = KINDS[kind]
-    pointer, pointer_letter = (types.int32, "r") if ".shared" in instruction else (types.int64, "l")
-    result = types.UniTuple(number, 4)
-
-    @intrinsic
-    def load(typingctx, address):
-        def codegen(context, builder, signature, arguments):
-            text = f"{instruction} {{$0, $1, $2, $3}}, [$4]"
-            constraints = ",".join([f"={letter}"] * 4 + [pointer_letter])
-            numbers = Ptx(builder).emit(text, constraints, [llvm] * 4, arguments, ordered=True)
-            value = ir.Constant(context.get_value_type(result), ir.Undefined)
-            for i, number in enumerate(numbers):
-                value = builder.insert_value(value, number, i)
-            return value
-
-        return result(pointer), codegen
-
-    load.__name__, load.__doc__ = name, doc
-    return load
-
-
-load_words = _four_loader("load_words", "ld.global.v4.u32", "int32", "Four int32 at an address.")
-four_floats = _four_loader(
-    "four_floats", "ld.shared.v4.f32", "float32", "Four float32 in shared memory."
+load_words = _loader(
+    "load_words", "ld.global.v4.u32", "int32", "Four int32 at an address that 16 divides.", 4
+)
+four_floats = _loader(
+    "four_floats", "ld.shared.v4.f32", "float32", "The same of float32 in shared memory.", 4
 )
 
 
@@ -459,8 +446,12 @@ def of_rank(typingctx, address, rank):
     return types.int32(types.int32, types.int32), codegen
 
 
-cluster_floats = _four_loader(
-    "cluster_floats", "ld.shared::cluster.v4.f32", "float32", "Four float32 where `of_rank` says."
+cluster_floats = _loader(
+    "cluster_floats",
+    "ld.shared::cluster.v4.f32",
+    "float32",
+    "Four float32 where `of_rank` says; 16 divides that.",
+    4,
 )
 to_cluster_int32 = _storer(
     "to_cluster_int32", "st.shared::cluster.b32", "int32", "int32 to where `of_rank` says."
