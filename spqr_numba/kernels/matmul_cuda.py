@@ -244,7 +244,8 @@ def clusters_of(spec: KernelSpec, device: torch.device) -> int:
 def cost_of(planned: Planned) -> float:
     """How long a product takes, in microseconds of an H200, but for what all its plans have in
     common: a block's items, the columns that it stages, and what a cluster's blocks wait for each
-    other. Of 82 plans of six shapes, measured, half are off by less than 2.3 %."""
+    other. Fitted to 82 plans of six shapes; since x' is staged before rings are full, what comes
+    first is within 3 % of the best of seven shapes' plans."""
     spec, plan, _ = planned
     tiles, units = plan.tiles + (plan.longer > 0), plan.units + (plan.wider > 0)
     item = 0.115 + 0.008 * spec.unit.inputs

@@ -59,7 +59,7 @@ PLACES_OF_2 = (
 PLACES_OF_3 = (
     *((1, 3), (0, 0), (0, 3), (1, 0), (0, 9), (1, 6), (1, 9), (0, 6)),
     *((2, 0), (2, 3), (0, 15), (2, 9), (2, 6), (0, 12), (2, 12), (1, 12)),
-)  # in another order a kernel of many inputs spills; that of SPREAD has a bit in each word
+)  # that of SPREAD has a bit in each word; otherwise test_many_cuda.py finds spills
 SPREAD = 10
 STATISTICS = ("scale", "zero")
 SECOND_LEVEL = ("scale_scale", "scale_zero", "zero_scale", "zero_zero")
@@ -253,9 +253,9 @@ def pair_places(bits: int, pair: int) -> list[tuple[int, int, int, int]]:
 
     The pairs 4j ... 4j + 3 are one operand, rows g and g + 8 in turns. Where they lie keeps
     `shift_and_place` simple: the codes of a row in one operand are at one place once they are in
-    the mantissa of a half. And it keeps registers free: the pairs of `group_pairs` are in few
-    words. Of 3 bits a half of a word takes five codes; the pair SPREAD, the sixteenth, takes the
-    last bit of each of the three words.
+    the mantissa of a half. And it keeps registers free: with groups of 16 `group_pairs` gives those
+    of two words, but for half of the groups of codes of 3 bits. Of these a half of a word takes
+    five; the pair SPREAD, the sixteenth, takes the last bit of each of the three words.
     """
     operand, register = divmod(pair, 4)
     if bits == 4:

@@ -14,7 +14,7 @@ multiply; at the end the warps' shares of a row are added up. No warp waits for 
     ring           bytes    [warps, stages, unit]
 
 With "programmatic dependent launch" a block starts while the kernel before it still runs: it
-fetches what it can of the weight, and waits only before it reads x.
+fetches some of the weight (KernelSpec.filled_first), and waits only before it reads x.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def product_kernel(spec: KernelSpec) -> Any:
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
     (start_ring, fill_ring), start = ring_starters(spec), starting_function(spec)
     first_targets, stage = first_targets_function(spec), staging_function(spec)
-    sum_groups = summer(spec)
+    put_sums = sums_putter(spec)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, spec.resident))
@@ -106,7 +106,7 @@ def product_kernel(spec: KernelSpec) -> Any:
             let_dependents_start()
         factor = stage(weight, x, beside, eps, work.thread, targets, zeros)
         fill_ring(weight, plan, work, part, first, zeros)
-        sum_groups(weight, plan, factor, work.thread, zeros)
+        put_sums(weight, plan, factor, work.thread, zeros)
         cuda.syncthreads()
         walk(weight, plan, work, part, first, zeros)
         cuda.syncthreads()
@@ -143,13 +143,13 @@ def starting_function(spec: KernelSpec) -> Any:
 # --- The inputs
 
 
-def summer(spec: KernelSpec) -> Any:
-    """sum_groups(weight, plan, factor, thread, zeros): X of one input, and its factor beside it."""
+def sums_putter(spec: KernelSpec) -> Any:
+    """put_sums(weight, plan, factor, thread, zeros): X of one input, and its factor."""
     threads, group_bytes = spec.threads, HALF_BYTES * spec.unit.group_size
     sum_group = group_summer(spec.unit.group_size)
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_groups(weight, plan, factor, thread, zeros):
+    def put_sums(weight, plan, factor, thread, zeros):
         first = int32(zeros + HALF_BYTES * ZERO_HALVES)
         sums = int32(zeros + FLOAT_BYTES * plan.sums)
         group = thread
@@ -160,7 +160,7 @@ def summer(spec: KernelSpec) -> Any:
         if thread == 0:
             to_shared_float(int32(sums - FLOAT_BYTES * FACTOR_FLOATS), factor)
 
-    return sum_groups
+    return put_sums
 
 
 # --- Multiplying

@@ -255,7 +255,11 @@ load_words = _loader(
     "load_words", "ld.global.v4.u32", "int32", "Four int32 at an address that 16 divides.", 4
 )
 four_floats = _loader(
-    "four_floats", "ld.shared.v4.f32", "float32", "The same of float32 in shared memory.", 4
+    "four_floats",
+    "ld.shared.v4.f32",
+    "float32",
+    "Four float32 in shared memory; 16 divides that.",
+    4,
 )
 
 

@@ -67,13 +67,7 @@ from .stream_cuda import (
     table_filler,
     work_function,
 )
-from .unit_cuda import (
-    HALF_BYTES,
-    LOAD_BYTES,
-    add_to_shared,
-    put_floats,
-    unit_multiplier,
-)
+from .unit_cuda import HALF_BYTES, LOAD_BYTES, add_to_shared, put_floats, unit_multiplier
 from .unit_several_cuda import AT_ONCE, UnitOfSeveral
 
 __all__ = ["SEVERAL", "several_kernel"]
@@ -208,6 +202,11 @@ def unit_places(spec: KernelSpec) -> Any:
 # --- Adding up, and writing
 
 
+def tile_loads(spec: KernelSpec) -> int:
+    """Loads of 16 bytes that a tile's totals take."""
+    return LANES * spec.unit.totals * FLOAT_BYTES // LOAD_BYTES
+
+
 def share_adder(spec: KernelSpec) -> Any:
     """add_shares(plan, work, zeros): the sum of each tile's slots, where the rings were.
 
@@ -215,7 +214,7 @@ def share_adder(spec: KernelSpec) -> Any:
     """
     threads, warps = spec.threads, spec.warps
     slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
-    loads, divide_by_loads = slot_bytes // LOAD_BYTES, divider(slot_bytes // LOAD_BYTES)
+    loads, divide_by_loads = tile_loads(spec), divider(tile_loads(spec))
 
     @cuda.jit(device=True, forceinline=True)
     def warp_of(item, items):
@@ -245,24 +244,26 @@ def writing_function(spec: KernelSpec) -> Any:
     """write_rows(...): what the cluster's blocks found for a share of its tiles, and the bias, to
     y."""
     threads, ranks, eights = spec.threads, spec.ranks, spec.unit.inputs // AT_ONCE
-    divide_by_ranks, divide_by_loads = divider(ranks), divider(LANES * eights)
-    divide_by_eights, sum_ranks, put = divider(eights), rank_summer(spec), total_putter(spec)
+    loads, put, sum_ranks = tile_loads(spec), total_putter(spec), rank_summer(spec)
+    divide_by_ranks, divide_by_loads, divide_by_eights = map(divider, (ranks, loads, eights))
 
     @cuda.jit(device=True, forceinline=True)
     def write_rows(weight, plan, work, zeros, y, bias, count):
         i, tiles = work.thread, divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
-        while i < tiles * (LANES * eights):
-            tile = int32(divide_by_loads(i) * ranks + work.rank)
-            load = int32(i & (LANES * eights - 1))
-            place = int32(zeros + plan.ring + LOAD_BYTES * (tile * (LANES * eights) + load))
-            a, b, c, d = sum_ranks(place)
+        while i < tiles * loads:
+            turn = divide_by_loads(i)
+            tile, load = int32(turn * ranks + work.rank), int32(i - turn * loads)
             lane = divide_by_eights(load)
             row = int32((work.first_tile + tile) * TILE_ROWS + (lane >> 2))
             own = int32((load - lane * eights) * AT_ONCE + 2 * (lane & 3))
-            put(weight, row, own, a, zeros, y, bias, count)
-            put(weight, row, int32(own + 1), b, zeros, y, bias, count)
-            put(weight, int32(row + 8), own, c, zeros, y, bias, count)
-            put(weight, int32(row + 8), int32(own + 1), d, zeros, y, bias, count)
+            if row < weight.rows and own < count:  # nobody waits for loads that nobody uses
+                a, b, c, d = sum_ranks(
+                    int32(zeros + plan.ring + LOAD_BYTES * (tile * loads + load))
+                )
+                put(weight, row, own, a, zeros, y, bias, count)
+                put(weight, row, int32(own + 1), b, zeros, y, bias, count)
+                put(weight, int32(row + 8), own, c, zeros, y, bias, count)
+                put(weight, int32(row + 8), int32(own + 1), d, zeros, y, bias, count)
             i = int32(i + threads)
 
     return write_rows

@@ -136,7 +136,7 @@ def place_function(spec: KernelSpec) -> Any:
 def scatterer(spec: KernelSpec) -> Any:
     """scatter(weight, plan, x, step, count, work, slab, zeros): the block's share of columns."""
     threads, eights = spec.threads, spec.unit.inputs // AT_ONCE
-    load, put = pair_loader(spec), pair_putter(spec)
+    put = pair_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def column_of(begin, own, i):
@@ -152,8 +152,8 @@ def scatterer(spec: KernelSpec) -> Any:
             also = int32(min(i + threads, eights * own - 1))  # to wait for both together
             eight, column = column_of(begin, own, i)
             other_eight, other_column = column_of(begin, own, also)
-            words = load(weight, x, step, count, eight, column)
-            others = load(weight, x, step, count, other_eight, other_column)
+            words = load_pair(weight, x, step, count, eight, column)
+            others = load_pair(weight, x, step, count, other_eight, other_column)
             put(weight, plan, slab, eight, column, words, zeros)
             put(weight, plan, slab, other_eight, other_column, others, zeros)
             i = int32(i + 2 * threads)
@@ -161,45 +161,44 @@ def scatterer(spec: KernelSpec) -> Any:
     return scatter
 
 
-def pair_loader(spec: KernelSpec) -> Any:
-    """load(weight, x, step, count, eight, column) -> a word of two columns from each of eight
-    inputs, and where these columns go, two to a word."""
+@cuda.jit(device=True, forceinline=True)
+def load_pair(weight, x, step, count, eight, column):
+    """A word of two columns from each of eight inputs; and where these go, two to a word."""
+    first, behind = int32(AT_ONCE * eight), int32(count - AT_ONCE * eight)
+    place = x + np.int64(first) * step + HALF_BYTES * column
+    return (
+        load_input(place, behind > 0),
+        load_input(place + step, behind > 1),
+        load_input(place + 2 * step, behind > 2),
+        load_input(place + 3 * step, behind > 3),
+        load_input(place + 4 * step, behind > 4),
+        load_input(place + 5 * step, behind > 5),
+        load_input(place + 6 * step, behind > 6),
+        load_input(place + 7 * step, behind > 7),
+        targets_of(weight, column),
+    )
 
-    @cuda.jit(device=True, forceinline=True)
-    def load_input(place, there):
-        if there:
-            return load_word(place)
-        return int32(0)
 
-    @cuda.jit(device=True, forceinline=True)
-    def targets_of(weight, column):
-        if not weight.target:
-            return int32(column | (column + 1) << 16)
-        if column + 1 < weight.columns:
-            return load_int32(weight.target + HALF_BYTES * column)
-        return int32(load_uint16(weight.target + HALF_BYTES * column))
+@cuda.jit(device=True, forceinline=True)
+def load_input(place, there):
+    """A word of an input, or zeros."""
+    if there:
+        return load_word(place)
+    return int32(0)
 
-    @cuda.jit(device=True, forceinline=True)
-    def load(weight, x, step, count, eight, column):
-        first, behind = int32(AT_ONCE * eight), int32(count - AT_ONCE * eight)
-        place = x + np.int64(first) * step + HALF_BYTES * column
-        return (
-            load_input(place, behind > 0),
-            load_input(place + step, behind > 1),
-            load_input(place + 2 * step, behind > 2),
-            load_input(place + 3 * step, behind > 3),
-            load_input(place + 4 * step, behind > 4),
-            load_input(place + 5 * step, behind > 5),
-            load_input(place + 6 * step, behind > 6),
-            load_input(place + 7 * step, behind > 7),
-            targets_of(weight, column),
-        )
 
-    return load
+@cuda.jit(device=True, forceinline=True)
+def targets_of(weight, column):
+    """Where a column and the next go."""
+    if not weight.target:
+        return int32(column | (column + 1) << 16)
+    if column + 1 < weight.columns:
+        return load_int32(weight.target + HALF_BYTES * column)
+    return int32(load_uint16(weight.target + HALF_BYTES * column))
 
 
 def pair_putter(spec: KernelSpec) -> Any:
-    """put(weight, plan, slab, eight, column, words, zeros): what `load` loaded, to x'."""
+    """put(weight, plan, slab, eight, column, words, zeros): what `load_pair` loaded, to x'."""
     bfloat, put_column = spec.kind == torch.bfloat16, column_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
@@ -243,7 +242,7 @@ def column_putter(spec: KernelSpec) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def put_column(weight, plan, slab, eight, target, words, zeros):
-        from_zero = place_of(plan, eight, target, zeros)  # parts begin with a group
+        from_zero = place_of(plan, eight, target, zeros)  # 16 divides where parts begin
         for rank in range(ranks):
             first, end = columns_of(weight, part_of(weight, plan, int32(rank), slab))
             if first <= target and target < end:

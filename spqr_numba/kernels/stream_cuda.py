@@ -99,11 +99,11 @@ class KernelSpec:
         return SEGMENT_COLUMNS // self.unit.columns
 
     @property
-    def begun(self) -> int:
+    def filled_first(self) -> int:
         """Places of a ring that are filled before x' is staged. A warp waits until its copies are
-        asked for, and x' for the warp; there is time for all where blocks of the product before
-        still run beside these."""
-        return self.stages if self.resident > 1 else 1
+        asked for, and x' for the warp. There is time for all where blocks of the product before
+        still run beside these, and where x is made first."""
+        return self.stages if self.resident > 1 or self.feed else 1
 
 
 class Weight(NamedTuple):
@@ -320,14 +320,15 @@ def ring_function(spec: KernelSpec) -> Any:
     return ring_of
 
 
-def ring_starters(spec: KernelSpec) -> list[Any]:
-    """start_ring(weight, plan, work, part, first, zeros), and what fills the rest of the ring: its
-    first items are on their way. Neither needs the table of runs."""
+def ring_starters(spec: KernelSpec) -> tuple[Any, Any]:
+    """start_ring(weight, plan, work, part, first, zeros): the warp's items that the ring takes
+    first are on their way; and fill_ring(...): those that it has room for besides. Neither needs
+    the table of runs."""
     unit_bytes, fill, ring_of = spec.unit.bytes, filler(spec, item_run), ring_function(spec)
 
     def starter(begin: int, end: int) -> Any:
         @cuda.jit(device=True, forceinline=True)
-        def start_ring(weight, plan, work, part, first, zeros):
+        def fill_places(weight, plan, work, part, first, zeros):
             ring, item = ring_of(plan, work, zeros), first
             for _ in range(begin):
                 item = following(work, item)
@@ -336,9 +337,9 @@ def ring_starters(spec: KernelSpec) -> list[Any]:
                 item = following(work, item)
                 end_of_copies()
 
-        return start_ring
+        return fill_places
 
-    return [starter(0, spec.begun), starter(spec.begun, spec.stages)]
+    return starter(0, spec.filled_first), starter(spec.filled_first, spec.stages)
 
 
 def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
