@@ -4,7 +4,8 @@ A kernel's Python is run as it stands, by as many threads as a block has. What P
 in NumPy: the lanes of a warp meet where they execute something together, and one of them does it on
 arrays of 32. Shared memory is as large as was asked for, and full of NaN at first. Copies ahead
 arrive, and products of tensor cores happen, at either end of what a GPU may do: at once ("early"),
-or not until they are waited for ("late").
+or not until they are waited for ("late"). And watched, a block finds where warps meet in its shared
+memory though no barrier has put them in order.
 """
 
 from __future__ import annotations
@@ -45,19 +46,24 @@ KERNELS = (
 SHARED_BYTES = 227 * 1024 - 2048  # of an H100
 MULTIPROCESSORS = CLUSTERS = 1
 RANK_STEP = 2**20  # from a block's shared memory to that of the next one of the cluster
-LANES = 32
+LANES, WARPS = 32, 32  # of a warp, and at the most of a block
 WARPGROUP = 128
 LOAD_BYTES = 16
 BARRIER_BYTES = 8
 WORD, FLOAT, HALF = np.uint32, np.float32, np.float16
-here = threading.local()  # the running thread: its block, warp, lane and copies
+WATCHED = False  # whether blocks have a Watch
+WRITING = threading.Lock()
+here = threading.local()  # the running thread: its block, warp, copies, and barriers that it passed
 
 
 @contextmanager
-def emulated(arrival: str, room: str = "matmul_cuda", major: int = 9) -> Iterator[ModuleType]:
+def emulated(
+    arrival: str, room: str = "matmul_cuda", major: int = 9, *, watched: bool = False
+) -> Iterator[ModuleType]:
     """A room, imported anew for this GPU; `arrival` of copies is "early" or "late", `major` the
-    first part of its compute capability."""
+    first part of its compute capability. Watched it is slow, and knows no barriers of bulk_cuda."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "WATCHED", watched)
         for other, replaced in replacements(late=arrival == "late").items():
             module = importlib.import_module(PACKAGE + other)
             for name, value in replaced.items():
@@ -119,9 +125,9 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "cluster_floats": four_floats,
             "to_cluster_int32": partial(to_shared, np.int32),
             "to_cluster_load": to_shared_load,
-            "arrive_in_cluster": lambda: None,
-            "publish_in_cluster": lambda: None,
-            "wait_for_cluster": lambda: here.block.cluster.barrier.wait(),
+            "arrive_in_cluster": lambda: arrive_in_cluster(published=False),
+            "publish_in_cluster": lambda: arrive_in_cluster(published=True),
+            "wait_for_cluster": wait_for_cluster,
             "copier": partial(copier, late),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
@@ -185,6 +191,7 @@ class Cluster:
 
     def __init__(self, indices: range, grid: int, threads: int, shared_bytes: int) -> None:
         self.barrier = threading.Barrier(len(indices) * threads)
+        self.published: dict[int, bool] = {}  # whether the arrival makes known what was written
         self.blocks = [Block(index, grid, threads, shared_bytes) for index in indices]
         for block in self.blocks:
             block.cluster = self
@@ -201,6 +208,7 @@ class Block:
         self.arrays: dict[Any, np.ndarray] = {}
         self.barriers: dict[int, Phases] = {}
         self.barrier = threading.Barrier(threads)
+        self.watch = Watch(shared_bytes) if WATCHED else None
         self.warps = [Meeting(LANES) for _ in range(threads // LANES)]
         self.warpgroups = [Meeting(WARPGROUP) for _ in range(0, threads, WARPGROUP)]
 
@@ -222,6 +230,76 @@ class Meeting:
             self.results = function(list(self.given))
         self.barrier.wait()
         return self.results[own]
+
+
+class Watch:
+    """Of each two bytes of a block's shared memory, which warp wrote and which read last, and how
+    many barriers of its block it had passed then, and at how many of the cluster it had arrived."""
+
+    MANY = -2
+
+    def __init__(self, size: int) -> None:
+        self.last = {
+            written: np.full((3, size // 2), -1, np.int64) for written in (False, True)
+        }  # [warp, passed, arrived]
+
+    def note(self, places: np.ndarray, *, written: bool) -> None:
+        """The running thread's warp is there: what others wrote must lie behind a barrier that made
+        it known, and where it writes, what they read behind any."""
+        own = warp_number()
+        for before in (False, True) if written else (True,):
+            warp, passed, arrived = self.last[before][:, places]
+            known = self.known(warp, passed, arrived, published=before)
+            unordered = (warp != -1) & (warp != own) & ~known
+            if unordered.any():
+                verbs = {False: "reads", True: "writes"}
+                raise AssertionError(
+                    f"warp {own} {verbs[written]} what warp {warp[unordered][0]} {verbs[before]},"
+                    f" at {2 * places[unordered][0]}, in no order"
+                )
+        last = self.last[written]
+        warp, passed, arrived = last[:, places]
+        if not written:
+            known = self.known(warp, passed, arrived, published=False)
+            own = np.where((warp == -1) | (warp == own) | known, own, self.MANY)
+        last[:, places] = np.broadcast_arrays(own, here.passed, here.arrived, places)[:3]
+
+    def known(
+        self, warp: np.ndarray, passed: np.ndarray, arrived: np.ndarray, *, published: bool
+    ) -> np.ndarray:
+        """Whether a barrier lies between what a warp did then and what the running thread does."""
+        of_block = (warp // WARPS == warp_number() // WARPS) | (warp == self.MANY)
+        behind = here.published if published else here.waited
+        return of_block & (passed < here.passed) | (arrived < behind)
+
+
+def warp_number() -> int:
+    """Of the running thread's warp, among all of its cluster."""
+    block = here.block
+    return block.cluster.blocks.index(block) * WARPS + here.number // LANES
+
+
+def note(address: Any, size: int, *, written: bool, block: Block | None = None) -> None:
+    """Some lanes read or write `size` bytes each, in a block that may be watched."""
+    watch = (block or here.block).watch
+    if watch is not None:
+        starts = np.asarray(address, np.int64).reshape(-1, 1) // 2
+        watch.note((starts + np.arange(size // 2)).ravel(), written=written)
+
+
+def arrive_in_cluster(*, published: bool) -> None:
+    """ptx.publish_in_cluster, or arrive_in_cluster, which makes nothing known to others."""
+    here.arrived += 1
+    assert here.block.cluster.published.setdefault(here.arrived, published) == published
+
+
+def wait_for_cluster() -> None:
+    """ptx.wait_for_cluster."""
+    cluster = here.block.cluster
+    cluster.barrier.wait()
+    here.waited += 1
+    if cluster.published[here.waited]:
+        here.published = here.waited
 
 
 class Launcher:
@@ -265,6 +343,7 @@ class Launcher:
         here.block, here.number = block, number
         here.warp, here.copies = block.warps[number // LANES], [[]]
         here.warpgroup = block.warpgroups[number // WARPGROUP]
+        here.passed = here.arrived = here.waited = here.published = 0
         try:
             with np.errstate(all="ignore"):
                 self.kernel(*arguments)
@@ -304,6 +383,7 @@ class Cuda:
     def syncthreads() -> None:
         """Wait for the block."""
         here.block.barrier.wait()
+        here.passed += 1
 
     @staticmethod
     def syncwarp() -> None:
@@ -379,7 +459,7 @@ def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
 
 def shared(dtype: Any, address: Any) -> Any:
     """A number in shared memory."""
-    return place_in_shared(dtype, address)[0]
+    return place_in_shared(dtype, address, written=False)[0]
 
 
 def four_floats(address: Any) -> tuple[Any, ...]:
@@ -389,8 +469,11 @@ def four_floats(address: Any) -> tuple[Any, ...]:
 
 
 def to_shared(dtype: Any, address: Any, value: Any) -> None:
-    """A number to shared memory."""
-    place_in_shared(dtype, address)[0] = value
+    """A number to shared memory; who writes what is there already does no harm to others."""
+    place = place_in_shared(dtype, address)
+    with WRITING:
+        if place[0] != value:
+            place_in_shared(dtype, address, written=True)[0] = value
 
 
 def to_shared_load(address: Any, *words: Any) -> None:
@@ -400,7 +483,7 @@ def to_shared_load(address: Any, *words: Any) -> None:
         to_shared(np.int32, address + 4 * i, word)
 
 
-def place_in_shared(dtype: Any, address: Any) -> np.ndarray:
+def place_in_shared(dtype: Any, address: Any, *, written: bool | None = None) -> np.ndarray:
     """Where it lies, as an array of one; in another block's memory where `of_rank` says."""
     rank, place = divmod(int(address), RANK_STEP)
     block = here.block.cluster.blocks[rank - 1] if rank else here.block
@@ -408,6 +491,8 @@ def place_in_shared(dtype: Any, address: Any) -> np.ndarray:
     assert place % size == 0
     assert 0 <= place <= len(block.memory) - size
     assert place // BARRIER_BYTES * BARRIER_BYTES not in block.barriers  # nothing else lies there
+    if written is not None:
+        note(place, size, written=written, block=block)
     return block.memory[place : place + size].view(dtype)
 
 
@@ -423,6 +508,7 @@ def copier(late: bool, *distances: int) -> Callable[[Any, Any], None]:
         assert to % LOAD_BYTES == source % LOAD_BYTES == 0
         memory = here.block.memory
         assert 0 <= to <= len(memory) - LOAD_BYTES
+        note(to, LOAD_BYTES, written=True)
         ctypes.memmove(memory.ctypes.data + to, source, LOAD_BYTES)
 
     def copy_ahead(to: Any, source: Any) -> None:
@@ -775,6 +861,7 @@ class Instructions:
     def shared(self, address: np.ndarray, count: int, dtype: Any) -> list[np.ndarray]:
         """`count` numbers of 4 bytes from each lane's address on, which their size divides."""
         assert (address % (4 * count) == 0).all()
+        note(address, 4 * count, written=False)
         numbers = self.memory[: len(self.memory) // 8 * 8].view(dtype)
         return [numbers[address // 4 + i] for i in range(count)]
 
@@ -789,23 +876,27 @@ class Instructions:
     def load_shared_half(self, address: np.ndarray) -> np.ndarray:
         """An fp16 number, as float32."""
         assert (address % 2 == 0).all()
+        note(address, 2, written=False)
         return self.memory[: len(self.memory) // 8 * 8].view(HALF)[address // 2].astype(FLOAT)
 
     def store_shared_floats(self, address: np.ndarray, values: list[np.ndarray]) -> None:
         """Some float32."""
         assert (address % (4 * len(values)) == 0).all()
+        note(address, 4 * len(values), written=True)
         for i, value in enumerate(values):
             self.memory[: len(self.memory) // 8 * 8].view(FLOAT)[address // 4 + i] = value
 
     def store_shared(self, address: np.ndarray, words: list[np.ndarray]) -> None:
         """Four words."""
         assert (address % LOAD_BYTES == 0).all()
+        note(address, LOAD_BYTES, written=True)
         for i, word in enumerate(words):
             self.memory[: len(self.memory) // 8 * 8].view(WORD)[address // 4 + i] = word
 
     def load_matrices(self, address: np.ndarray, count: int) -> list[np.ndarray]:
         """Matrices of 8 x 8 halves, transposed: a lane's row of each is its columns' halves."""
         assert (address % LOAD_BYTES == 0).all()
+        note(address[: 8 * count], LOAD_BYTES, written=False)
         numbers = self.memory[: len(self.memory) // 8 * 8].view(np.uint16)
         rows = numbers[address[: 8 * count, None] // 2 + np.arange(8)].reshape(count, 8, 8)
         words = rows.transpose(0, 2, 1).astype(WORD).reshape(count, LANES, 2)

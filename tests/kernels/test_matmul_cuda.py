@@ -319,6 +319,37 @@ def test_clusters_emulated(
     assert_right(y, x, matrix, bias)
 
 
+@pytest.mark.parametrize(
+    ("batch", "dtype", "ranks", "slabs"),
+    [
+        (1, torch.float16, 1, 1),
+        (1, torch.bfloat16, 1, 1),
+        (2, torch.float16, 1, 1),
+        (2, torch.bfloat16, 2, 1),
+        (9, torch.float16, 2, 1),
+        (2, torch.float16, 2, 2),
+    ],
+    ids=str,
+)
+def test_warps_meet_in_order(
+    batch: int, dtype: torch.dtype, ranks: int, slabs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a warp has written in shared memory another reads behind a barrier that makes it known,
+    and what it has read another overwrites behind a barrier; so in other blocks of the cluster."""
+    outliers = 2 if slabs == 1 else None  # a run of which needs more columns than a slab would have
+    matrix = random_matrix(make_spec(20, 1100, **GROUP_8), outliers, permuted=True)
+    x = make_x(batch, matrix.spec.in_features, dtype=dtype)
+    with emulated("late", watched=True) as room:
+        give_rings(room, (6 if slabs == 1 else 2, 2), ranks)
+        if slabs > 1:
+            monkeypatch.setattr(room, "shared_memory", lambda device: 24 * 1024)
+        weight = prepare(matrix)
+        _, plan, _ = next(room.plans(weight, dtype, room.inputs_of(batch)))
+        y = multiply_prepared(x, weight, None)
+    assert plan.slabs == slabs
+    assert_right(y, x, matrix)
+
+
 @pytest.mark.parametrize("arrival", ["early", "late"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slabs_emulated(ranks: int, arrival: str, monkeypatch: pytest.MonkeyPatch) -> None:
