@@ -217,19 +217,22 @@ class Meeting:
     """Where the threads of a warp, or of a warpgroup, meet."""
 
     def __init__(self, threads: int) -> None:
-        self.barrier = threading.Barrier(threads)
+        self.barrier = threading.Barrier(threads, self.act)
         self.given: list[Any] = [None] * threads
+        self.function: Callable[[list[Any]], Any] = list
         self.results: Any = None
         self.pending: list[Callable[[], None]] = []  # products of a warpgroup
 
     def together(self, function: Callable[[list[Any]], Any], given: Any = None) -> Any:
         """What `function` of all threads' arguments has for this one."""
         own = here.number % len(self.given)
-        self.given[own] = given
-        if self.barrier.wait() == 0:
-            self.results = function(list(self.given))
+        self.given[own], self.function = given, function
         self.barrier.wait()
         return self.results[own]
+
+    def act(self) -> None:
+        """What the last to come does before all go on."""
+        self.results = self.function(list(self.given))
 
 
 class Watch:
@@ -388,7 +391,7 @@ class Cuda:
     @staticmethod
     def syncwarp() -> None:
         """Wait for the warp."""
-        here.warp.barrier.wait()
+        here.warp.together(list)
 
     @staticmethod
     def shfl_xor_sync(lanes: int, value: Any, distance: int) -> Any:
