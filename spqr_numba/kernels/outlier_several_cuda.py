@@ -14,9 +14,9 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .ptx import Ptx, i32
+from .ptx import Ptx, i32, packed, unpacked
 from .runs import HALF_MASK
-from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec, packed, unpacked
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
 __all__ = ["Entries", "entries_multiplier"]

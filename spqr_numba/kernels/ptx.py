@@ -13,7 +13,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Ptx", "effect", "emit", "f32", "i32", "i64", "targets_gpu"]
+__all__ = [
+    "Ptx",
+    "effect",
+    "emit",
+    "f32",
+    "i32",
+    "i64",
+    "packed",
+    "targets_gpu",
+    "unpacked",
+]
 
 WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
@@ -43,6 +53,19 @@ def emit(builder: ir.IRBuilder, instruction: str, constraints: str, result, argu
     types = [argument.type for argument in arguments]
     assembly = ir.InlineAsm(ir.FunctionType(result, types), f"{instruction};", constraints)
     return builder.call(assembly, arguments)
+
+
+def unpacked(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
+    """The members of a tuple."""
+    return [builder.extract_value(value, i) for i in range(len(value.type))]
+
+
+def packed(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    """The inverse of `unpacked`: a tuple of values of one type."""
+    tuple_ = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        tuple_ = builder.insert_value(tuple_, value, i)
+    return tuple_
 
 
 class Ptx:
@@ -231,12 +254,7 @@ def _loader(name: str, instruction: str, kind: str, doc: str, count: int = 1) ->
     def load(typingctx, address):
         def codegen(context, builder, signature, arguments):
             loaded = Ptx(builder).emit(text, constraints, [llvm] * count, arguments, ordered=True)
-            if count == 1:
-                return loaded
-            value = ir.Constant(context.get_value_type(result), ir.Undefined)
-            for i, one in enumerate(loaded):
-                value = builder.insert_value(value, one, i)
-            return value
+            return loaded if count == 1 else packed(builder, loaded)
 
         return result(pointer), codegen
 

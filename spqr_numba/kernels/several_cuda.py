@@ -257,9 +257,8 @@ def writing_function(spec: KernelSpec) -> Any:
             row = int32((work.first_tile + tile) * TILE_ROWS + (lane >> 2))
             own = int32((load - lane * eights) * AT_ONCE + 2 * (lane & 3))
             if row < weight.rows and own < count:  # nobody waits for loads that nobody uses
-                a, b, c, d = sum_ranks(
-                    int32(zeros + plan.ring + LOAD_BYTES * (tile * loads + load))
-                )
+                place = int32(zeros + plan.ring + LOAD_BYTES * (tile * loads + load))
+                a, b, c, d = sum_ranks(place)
                 put(weight, row, own, a, zeros, y, bias, count)
                 put(weight, row, int32(own + 1), b, zeros, y, bias, count)
                 put(weight, int32(row + 8), own, c, zeros, y, bias, count)

@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 
 from .codes_cuda import both, exact_codes
 from .prepared import QUARTERS, group_pairs
-from .ptx import Ptx, i32
-from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec, packed, unpacked
+from .ptx import Ptx, i32, packed, unpacked
+from .unit_cuda import LOAD_BYTES, WORD_BYTES, Unit, UnitSpec
 from .unit_numbers_cuda import loaded_words, owners, taken_words
 from .wgmma_cuda import STEP_WORDS, Tiled, start_step
 

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 from ..format.layout import MatrixSpec
 from .codes_cuda import SUBNORMAL_UNIT, code_place, exact_codes, masked_codes
 from .prepared import BLOCK_COLUMNS, LANES, OCTET, QUARTERS, UNIT_GROUPS, UNIT_OCTETS
-from .ptx import Ptx, f32, i32
+from .ptx import Ptx, f32, i32, packed, unpacked
 
 __all__ = [
     "HALF_BYTES",
@@ -136,19 +136,6 @@ def unit_multiplier(spec: UnitSpec, kind: type[Unit]) -> Any:
         return totals(places, totals), codegen
 
     return multiply
-
-
-def unpacked(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
-    """The members of a tuple."""
-    return [builder.extract_value(value, i) for i in range(len(value.type))]
-
-
-def packed(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
-    """The inverse of `unpacked`: a tuple of values of one type."""
-    tuple_ = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
-    for i, value in enumerate(values):
-        tuple_ = builder.insert_value(tuple_, value, i)
-    return tuple_
 
 
 class Unit:

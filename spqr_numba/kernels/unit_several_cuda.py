@@ -28,8 +28,8 @@ from numba.extending import intrinsic
 
 from .codes_cuda import group_codes, group_places
 from .prepared import LANES, OCTET, QUARTERS, group_pairs
-from .ptx import Ptx, f32, i32
-from .unit_cuda import LOAD_BYTES, Unit, packed
+from .ptx import Ptx, f32, i32, packed
+from .unit_cuda import LOAD_BYTES, Unit
 
 __all__ = ["AT_ONCE", "UnitOfSeveral", "pair_summer"]
 

@@ -23,8 +23,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .ptx import FLOAT, Ptx, effect, i32
-from .unit_cuda import WORD_BYTES, unpacked
+from .ptx import FLOAT, Ptx, effect, i32, unpacked
+from .unit_cuda import WORD_BYTES
 
 __all__ = [
     "CORE_BYTES",

@@ -265,7 +265,7 @@ class Watch:
         if not written:
             known = self.known(warp, passed, arrived, published=False)
             own = np.where((warp == -1) | (warp == own) | known, own, self.MANY)
-        last[:, places] = np.broadcast_arrays(own, here.passed, here.arrived, places)[:3]
+        last[0, places], last[1, places], last[2, places] = own, here.passed, here.arrived
 
     def known(
         self, warp: np.ndarray, passed: np.ndarray, arrived: np.ndarray, *, published: bool
@@ -462,7 +462,9 @@ def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
 
 def shared(dtype: Any, address: Any) -> Any:
     """A number in shared memory."""
-    return place_in_shared(dtype, address, written=False)[0]
+    block, place, size = place_in_shared(dtype, address)
+    note(place, size, written=False, block=block)
+    return block.memory[place : place + size].view(dtype)[0]
 
 
 def four_floats(address: Any) -> tuple[Any, ...]:
@@ -473,10 +475,14 @@ def four_floats(address: Any) -> tuple[Any, ...]:
 
 def to_shared(dtype: Any, address: Any, value: Any) -> None:
     """A number to shared memory; who writes what is there already does no harm to others."""
-    place = place_in_shared(dtype, address)
+    block, place, size = place_in_shared(dtype, address)
+    new = np.empty(1, dtype)
+    new[0] = value
     with WRITING:
-        if place[0] != value:
-            place_in_shared(dtype, address, written=True)[0] = value
+        there = block.memory[place : place + size]
+        if (there != new.view(np.uint8)).any():
+            note(place, size, written=True, block=block)
+        there[:] = new.view(np.uint8)
 
 
 def to_shared_load(address: Any, *words: Any) -> None:
@@ -486,17 +492,16 @@ def to_shared_load(address: Any, *words: Any) -> None:
         to_shared(np.int32, address + 4 * i, word)
 
 
-def place_in_shared(dtype: Any, address: Any, *, written: bool | None = None) -> np.ndarray:
-    """Where it lies, as an array of one; in another block's memory where `of_rank` says."""
+def place_in_shared(dtype: Any, address: Any) -> tuple[Block, int, int]:
+    """In which block it lies, where in its memory, and how many bytes; in another one where
+    `of_rank` says."""
     rank, place = divmod(int(address), RANK_STEP)
     block = here.block.cluster.blocks[rank - 1] if rank else here.block
     size = np.dtype(dtype).itemsize
     assert place % size == 0
     assert 0 <= place <= len(block.memory) - size
     assert place // BARRIER_BYTES * BARRIER_BYTES not in block.barriers  # nothing else lies there
-    if written is not None:
-        note(place, size, written=written, block=block)
-    return block.memory[place : place + size].view(dtype)
+    return block, place, size
 
 
 def write(kind: Any, number: Any, address: int, value: Any) -> None:
