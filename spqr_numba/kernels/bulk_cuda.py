@@ -5,7 +5,7 @@ phase, when as many threads have arrived as it was made for, and all bytes that 
 are there. Who waits names the parity of the phase that he waits for: 0 for the first, 1 for the
 next and, of one that nobody has used yet, for the one before the first.
 
-Source: PTX ISA, "mbarrier" and "cp.async.bulk".
+Source: PTX ISA, "mbarrier", "cp.async.bulk" and "async proxy".
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ __all__ = [
     "arrive",
     "bulk_copy",
     "expect_bytes",
+    "forget_barrier",
+    "let_copy_engine_overwrite",
     "let_copy_engine_see",
     "make_barrier",
     "wait_for_phase",
@@ -32,11 +34,23 @@ make_barrier = effect(
     (types.int32, types.int32),
     "A barrier at a shared address, for so many threads to arrive.",
 )
+forget_barrier = effect(
+    "forget_barrier",
+    "mbarrier.inval.shared::cta.b64 [$0]",
+    (types.int32,),
+    "From here on the shared address is for something else.",
+)
 let_copy_engine_see = effect(
     "let_copy_engine_see",
     "fence.mbarrier_init.release.cluster",
     (),
     "Barriers that the thread has made, before a barrier of the block behind which they are used.",
+)
+let_copy_engine_overwrite = effect(
+    "let_copy_engine_overwrite",
+    "fence.proxy.async.shared::cta",
+    (),
+    "What the thread has written in shared memory, before others, behind a barrier, copy over it.",
 )
 arrive = effect(
     "arrive",

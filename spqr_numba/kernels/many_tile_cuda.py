@@ -14,7 +14,7 @@ import numpy as np
 from .launch import numba_cuda
 from .many_spec import ManySpec
 from .patch_cuda import outlier_putter, run_copier, run_opener, segment_finder
-from .prepared import ALL_LANES, LANES
+from .prepared import ALL_LANES, LANES, place_of_lane
 from .ptx import anew, copier
 from .runs import SEGMENT_COLUMNS
 from .strip_cuda import strip_multiplier
@@ -166,16 +166,17 @@ def record_finder(spec: ManySpec) -> Any:
 
 
 def block_copier(spec: ManySpec, block: int) -> Any:
-    """copy_block(weight, tile, unit): codes of one of its blocks."""
+    """copy_block(weight, tile, unit): codes of one of its blocks, by lanes: registers are scarce
+    where they are read."""
     block_of, distance = block_place(spec, block), block * spec.unit.block_bytes
     copy_ahead = copier(*range(0, spec.unit.block_bytes, LANES * LOAD_BYTES))
-    record_of = record_finder(spec)
+    record_of, place_of = record_finder(spec), cuda.jit(device=True)(place_of_lane)
 
     @cuda.jit(device=True, forceinline=True)
     def copy_block(weight, tile, unit):
-        at = int32(LOAD_BYTES * tile.lane)
-        source = record_of(weight, tile, unit) + distance + at
-        copy_ahead(int32(block_of(tile.own, unit) + at), source)
+        own = int32(LOAD_BYTES * int32(place_of(anew(tile.lane))))
+        source = record_of(weight, tile, unit) + distance + own
+        copy_ahead(int32(block_of(tile.own, unit) + int32(LOAD_BYTES * tile.lane)), source)
 
     return copy_block
 

@@ -256,7 +256,7 @@ def cost_of(planned: Planned) -> float:
 
 def shared_bytes(spec: KernelSpec, plan: Plan) -> int:
     """That a block needs."""
-    ring = spec.warps * spec.stages * spec.unit.bytes
+    ring = spec.warps * spec.stages * spec.place_bytes
     if spec.unit.inputs > 1:
         ring = max(ring, (plan.tiles + 1) * slot_floats(spec) * FLOAT_BYTES)
     return plan.ring + ring

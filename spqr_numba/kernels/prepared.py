@@ -10,13 +10,15 @@ rows g and g + 8, and of each *octet* (8 groups side by side) the groups t and t
 So the sixteen code pairs of quarter q that a lane owns in a block are its operands of four
 mma.m16n8k16, in the order (octet, group t or t + 4, p, row g or g + 8). `pack_pairs` puts them into
 `bits` words, the lower column in the lower half of a word; the four quarters' words of one number
-lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Scale and zero codes take the
+lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Of these the lanes' loads lie
+as `place_of_lane` says: so neither a lane's own load nor a word of one load a row meets a bank of
+shared memory twice, wherever a record is copied to as it is. Scale and zero codes take the
 same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1, four
 octets together, which are one *unit*. A tile's unit is one record: its blocks, then its statistics.
 
     buffer        dtype  shape                                 instead of
     records       int32  [tiles, units, words]                 codes, scale_codes, zero_codes
-        its blocks       [blocks of a unit, bits, 32 lanes, 4]
+        its blocks       [blocks of a unit, bits, 32 places, 4]
         its statistics   [stat_bits, 32 lanes]
     second_level  fp16   [stats_groups, 4 * units, 4, 4, 2]    scale_scale, scale_zero, zero_scale,
                                                                zero_zero (of groups 2t and 2t + 1)
@@ -39,7 +41,15 @@ from ..format.matrix import SpqrMatrix
 from ..format.packing import pack_codes, pack_statistics, unpack_codes, unpack_statistics
 from .runs import TILE_ROWS, from_runs, to_runs
 
-__all__ = ["PreparedMatrix", "can_prepare", "group_pairs", "padded_columns", "prepare", "units_of"]
+__all__ = [
+    "PreparedMatrix",
+    "can_prepare",
+    "group_pairs",
+    "padded_columns",
+    "place_of_lane",
+    "prepare",
+    "units_of",
+]
 
 BLOCK_COLUMNS = 256
 LANES = 32
@@ -126,9 +136,10 @@ class PreparedMatrix:
 
     @property
     def code_words(self) -> torch.Tensor:
-        """int32 [tiles, units, blocks of a unit, bits, 32, 4], a view of the records."""
+        """int32 [tiles, units, blocks of a unit, bits, 32 lanes, 4]."""
         words = self["records"][..., : -self.spec.scale_bits * LANES]
-        return words.unflatten(2, (-1, self.spec.bits, LANES, QUARTERS))
+        words = words.unflatten(2, (-1, self.spec.bits, LANES, QUARTERS))
+        return words[..., [place_of_lane(lane) for lane in range(LANES)], :]
 
     @property
     def stat_words(self) -> torch.Tensor:
@@ -195,7 +206,15 @@ def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
     octets, per_quarter = octets_and_pairs(spec)
     codes = codes.view(-1, octets, 2, 4, QUARTERS, per_quarter, 2, tiles, 2, 8)
     pairs = codes.permute(1, 2, 5, 8, 7, 0, 9, 3, 4, 6).reshape(PAIRS, tiles, -1, LANES, 4, 2)
-    return pack_pairs(pairs, spec.bits).movedim(0, 2).reshape(tiles, units, -1)
+    words = pack_pairs(pairs, spec.bits).movedim(0, 2)
+    words = words[..., sorted(range(LANES), key=place_of_lane), :]
+    return words.reshape(tiles, units, -1)
+
+
+def place_of_lane(lane: int) -> int:
+    """Which of a warp's 32 loads of codes is a lane's."""
+    t = lane & 3
+    return t * OCTET + (lane >> 2 ^ 2 * t)
 
 
 def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:

@@ -25,9 +25,10 @@ from .patch_cuda import outlier_putter, patch_clearer, run_copier, run_opener, s
 from .patch_spec import PatchSpec
 from .prepared import LANES, PreparedMatrix
 from .ptx import copies_done, divide, end_of_copies, shared_address
+from .ring_cuda import unit_filler
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .staging_cuda import ORDERED, order_kernel
-from .stream_cuda import WEIGHT, KernelSpec, addresses, unit_filler
+from .stream_cuda import WEIGHT, KernelSpec, addresses
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_numbers_cuda import Copying, part_writer
 

@@ -39,6 +39,7 @@ from .ptx import (
     to_shared_float,
     wait_for_dependencies,
 )
+from .ring_cuda import earlier_copies_done, ring_starters, ring_walker
 from .run_cuda import run_multiplier
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
@@ -56,8 +57,6 @@ from .stream_cuda import (
     clear_shared_bytes,
     known_run,
     parts_function,
-    ring_starters,
-    ring_walker,
     stretches_function,
     table_filler,
     work_function,
@@ -90,7 +89,8 @@ def product_kernel(spec: KernelSpec) -> Any:
     early, work_of, part_of = spec.early, work_function(spec), parts_function(spec)
     (start_ring, fill_ring), start = ring_starters(spec), starting_function(spec)
     first_targets, stage = first_targets_function(spec), staging_function(spec)
-    put_sums = sums_putter(spec)
+    put_sums, filled_then = sums_putter(spec), spec.stages - spec.filled_first
+    wait_for_table = earlier_copies_done(spec, filled_then)
     walk, write_rows = ring_walker(spec, item_multiplier(spec)), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, spec.resident))
@@ -107,6 +107,7 @@ def product_kernel(spec: KernelSpec) -> Any:
         factor = stage(weight, x, beside, eps, work.thread, targets, zeros)
         fill_ring(weight, plan, work, part, first, zeros)
         put_sums(weight, plan, factor, work.thread, zeros)
+        wait_for_table()
         cuda.syncthreads()
         walk(weight, plan, work, part, first, zeros)
         cuda.syncthreads()

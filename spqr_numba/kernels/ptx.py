@@ -430,6 +430,14 @@ def copier(*distances: int) -> Any:
     return effect("copy_ahead", text, (types.int32, types.int64), "Copy runs of 16 bytes.")
 
 
+copy_word = effect(
+    "copy_word",
+    "cp.async.ca.shared.global [$0], [$1], 4",
+    (types.int32, types.int64),
+    "Copy a word from global to shared memory, while the thread goes on.",
+)
+
+
 @cache
 def word_gatherer(*distances: int) -> Any:
     """gather(address, source): 16 bytes to an address, from words of shared memory that are so far

@@ -13,7 +13,7 @@ block is one.
     -X             float32  [inputs / 8, groups / 2, 8 inputs, 2 groups]
     slots          float32  [tiles + warps - 1, 32, totals]  stream_cuda.py
     starts         int32    [tiles * segments + 1]           of run_starts (runs.py)
-    ring           bytes    [warps, stages, unit]
+    ring           bytes    [warps, stages, place]   ring_cuda.py
     in its place   float32  [tiles, 32, totals]              the sums of the slots, for the cluster
 """
 
@@ -44,6 +44,7 @@ from .ptx import (
     store_uint16,
     wait_for_dependencies,
 )
+from .ring_cuda import earlier_copies_done, ring_starters, ring_walker
 from .run_several_cuda import several_run_multiplier
 from .runs import SEGMENT_COLUMNS, TILE_ROWS
 from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
@@ -62,8 +63,6 @@ from .stream_cuda import (
     clear_shared_bytes,
     known_run,
     parts_function,
-    ring_starters,
-    ring_walker,
     table_filler,
     work_function,
 )
@@ -85,8 +84,9 @@ def several_kernel(spec: KernelSpec) -> Any:
     from row to row, of y [count, rows], all fp16 or bf16, and of bias [rows] or 0."""
     arrive, publish, wait = cluster_functions(spec)
     work_of, part_of = work_function(spec), parts_function(spec)
-    start_ring, fill_ring = ring_starters(spec)
-    wait_for_x, find_factors = waiting_function(spec), factor_finder(spec)
+    start, (_, fill_ring) = starting_function(spec), ring_starters(spec)
+    find_factors = factor_finder(spec)
+    wait_for_table = earlier_copies_done(spec, spec.filled_first)
     stage, sum_groups = several_stager(spec), summer(spec)
     walk = ring_walker(spec, item_multiplier(spec))
     add_shares, write_rows = share_adder(spec), writing_function(spec)
@@ -99,13 +99,12 @@ def several_kernel(spec: KernelSpec) -> Any:
             arrive()
             work, first = work_of(weight, plan)
             part = part_of(weight, plan, work.rank, slab)
-            start_ring(weight, plan, work, part, first, zeros)
-            if slab == 0:
-                wait_for_x(weight, plan, work, zeros)
+            start(weight, plan, work, part, first, slab, zeros)
             wait()
             if slab == 0:
                 find_factors(weight, plan, x, step, count, work, zeros)
             stage(weight, plan, x, step, count, work, part, slab, zeros)
+            wait_for_table()
             publish()
             fill_ring(weight, plan, work, part, first, zeros)
             wait()
@@ -125,28 +124,36 @@ def several_kernel(spec: KernelSpec) -> Any:
     return kernel
 
 
-def waiting_function(spec: KernelSpec) -> Any:
-    """wait_for_x(weight, plan, work, zeros): what does not depend on x, and then until it may be
-    read."""
+def starting_function(spec: KernelSpec) -> Any:
+    """start(weight, plan, work, part, first, slab, zeros): what does not need x, and until x may be
+    read. What is needed first is asked for first."""
+    start_ring, _ = ring_starters(spec)
     threads, warps_but_one, early = spec.threads, spec.warps - 1, spec.early
     slot_bytes, fill_table = FLOAT_BYTES * LANES * spec.unit.totals, table_filler(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def wait_for_x(weight, plan, work, zeros):
-        slots = int32(zeros + FLOAT_BYTES * plan.slots)
-        end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
-        clear_shared_bytes(slots, end, work.thread, threads)
-        fill_table(weight, plan, work, zeros)
+    def start(weight, plan, work, part, first, slab, zeros):
+        if slab == 0:
+            fill_table(weight, plan, work, zeros)
+            prefetch_targets(weight, plan, work)
+        start_ring(weight, plan, work, part, first, zeros)
+        if slab == 0:
+            slots = int32(zeros + FLOAT_BYTES * plan.slots)
+            end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
+            clear_shared_bytes(slots, end, work.thread, threads)
+            if early:
+                wait_for_dependencies()
+                let_dependents_start()
+
+    @cuda.jit(device=True, forceinline=True)
+    def prefetch_targets(weight, plan, work):
         i = int32(2 * HALF_BYTES * work.rank * plan.pairs + 128 * work.thread)
         end = int32(min(2 * HALF_BYTES * (work.rank + 1) * plan.pairs, HALF_BYTES * weight.columns))
         while weight.target and i < end:
             prefetch(weight.target + i)
             i = int32(i + 128 * threads)
-        if early:
-            wait_for_dependencies()
-            let_dependents_start()
 
-    return wait_for_x
+    return start
 
 
 # --- Multiplying

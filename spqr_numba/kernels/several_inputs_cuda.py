@@ -260,25 +260,43 @@ def column_putter(spec: KernelSpec) -> Any:
 
 
 def summer(spec: KernelSpec) -> Any:
-    """sum_groups(weight, plan, work, part, zeros): -X of a part, two groups at a time."""
+    """sum_groups(weight, plan, work, part, zeros): -X of a part, two groups at a time; a warp waits
+    for four such pairs together."""
     warps, sum_pair = spec.warps, pair_summer(spec.unit.group_size)
     pair_columns, eights = 2 * spec.unit.group_size, spec.unit.inputs // AT_ONCE
     pair_bytes, divide_by_columns = 2 * WORD_BYTES * AT_ONCE, divider(pair_columns)
-    columns_of = columns_function(spec)
+    columns_of, begin = columns_function(spec), INPUTS_BEGIN
 
     @cuda.jit(device=True, forceinline=True)
     def sum_groups(weight, plan, work, part, zeros):
         first, end = columns_of(weight, part)
         pairs, most = divide_by_columns(int32(end - first)), divide_by_columns(plan.columns)
-        pair = work.warp
+        for eight in range(eights):
+            x = int32(zeros + begin + LOAD_BYTES * eight * plan.columns)
+            out = int32(zeros + WORD_BYTES * plan.sums + pair_bytes * eight * most)
+            sum_pairs(x, out, work.warp, pairs, work.lane)
+
+    @cuda.jit(device=True, forceinline=True)
+    def sum_pairs(x, out, pair, pairs, lane):
         while pair < pairs:
-            for eight in range(eights):
-                place = int32(eight * plan.columns + pair * pair_columns)
-                sums = sum_pair(int32(zeros + INPUTS_BEGIN + LOAD_BYTES * place), work.lane)
-                out = int32(WORD_BYTES * plan.sums + pair_bytes * (eight * most + pair))
-                if work.lane < 4:
-                    put_floats(int32(zeros + out + LOAD_BYTES * work.lane), sums)
-            pair = int32(pair + warps)
+            second, third = int32(pair + warps), int32(pair + 2 * warps)
+            fourth = int32(pair + 3 * warps)
+            sums = sum_of(x, pair, pairs, lane), sum_of(x, second, pairs, lane)
+            others = sum_of(x, third, pairs, lane), sum_of(x, fourth, pairs, lane)
+            put(out, pair, pairs, sums[0], lane)
+            put(out, second, pairs, sums[1], lane)
+            put(out, third, pairs, others[0], lane)
+            put(out, fourth, pairs, others[1], lane)
+            pair = int32(pair + 4 * warps)
+
+    @cuda.jit(device=True, forceinline=True)
+    def sum_of(x, pair, pairs, lane):
+        return sum_pair(int32(x + LOAD_BYTES * pair_columns * min(pair, pairs - 1)), lane)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(out, pair, pairs, sums, lane):
+        if lane < 4 and pair < pairs:
+            put_floats(int32(out + pair_bytes * pair + LOAD_BYTES * lane), sums)
 
     return sum_groups
 

@@ -1,4 +1,4 @@
-"""How a kernel's warps share a prepared weight, and how each copies what it will need.
+"""How a kernel's warps share a prepared weight.
 
 A cluster of blocks, or one block, owns a run of tiles. The columns are cut into as many *parts* as
 there are blocks in a cluster and *slabs*: a block takes some parts side by side, one after the
@@ -12,8 +12,7 @@ both ascend: so no two pairs of a warp and a tile it meets have the same `tile +
 the warp's share. Where each scheduler has as many warps, it has stretches that are side by side:
 those that are longer by one lie apart, so that none gets all of these.
 
-A warp's items come through a ring in shared memory that it alone uses: while it works on one, the
-next are being copied. An item that does not exist (of a part that has fewer) copies nothing.
+ring_cuda.py brings a warp its items, one after the other.
 """
 
 from __future__ import annotations
@@ -31,14 +30,12 @@ from .prepared import LANES, PreparedMatrix
 from .ptx import (
     anew,
     clear_shared,
-    copier,
-    copies_done,
+    copy_word,
     divide,
     divider,
     end_of_copies,
     load_int32,
     shared_int32,
-    to_shared_int32,
 )
 from .runs import SEGMENT_COLUMNS, TILE_ROWS, segments_of
 from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
@@ -58,14 +55,13 @@ __all__ = [
     "addresses",
     "clear_shared_bytes",
     "columns_function",
+    "following",
+    "item_run",
     "known_run",
     "parts_function",
-    "ring_starters",
-    "ring_walker",
     "run_of",
     "stretches_function",
     "table_filler",
-    "unit_filler",
     "work_function",
 ]
 
@@ -92,6 +88,16 @@ class KernelSpec:
     def threads(self) -> int:
         """Of a block."""
         return self.warps * LANES
+
+    @property
+    def copy_engine(self) -> bool:
+        """Whether it fills the rings (ring_cuda.py)."""
+        return self.early and self.unit.inputs > 1
+
+    @property
+    def place_bytes(self) -> int:
+        """Of a ring (ring_cuda.py)."""
+        return self.unit.bytes + (LOAD_BYTES if self.copy_engine else 0)
 
     @property
     def segment_units(self) -> int:
@@ -306,68 +312,6 @@ def following(work, item):
     return Item(tile, place, int32(item.left - 1))
 
 
-# --- The rings
-
-
-def ring_function(spec: KernelSpec) -> Any:
-    """ring_of(plan, work, zeros) -> address of the warp's ring."""
-    ring_bytes = spec.stages * spec.unit.bytes
-
-    @cuda.jit(device=True, forceinline=True)
-    def ring_of(plan, work, zeros):
-        return int32(zeros + plan.ring + work.warp * ring_bytes)
-
-    return ring_of
-
-
-def ring_starters(spec: KernelSpec) -> tuple[Any, Any]:
-    """start_ring(weight, plan, work, part, first, zeros): the warp's items that the ring takes
-    first are on their way; and fill_ring(...): those that it has room for besides. Neither needs
-    the table of runs."""
-    unit_bytes, fill, ring_of = spec.unit.bytes, filler(spec, item_run), ring_function(spec)
-
-    def starter(begin: int, end: int) -> Any:
-        @cuda.jit(device=True, forceinline=True)
-        def fill_places(weight, plan, work, part, first, zeros):
-            ring, item = ring_of(plan, work, zeros), first
-            for _ in range(begin):
-                item = following(work, item)
-            for i in range(begin, end):
-                fill(weight, plan, work, part, item, int32(ring + i * unit_bytes), zeros)
-                item = following(work, item)
-                end_of_copies()
-
-        return fill_places
-
-    return starter(0, spec.filled_first), starter(spec.filled_first, spec.stages)
-
-
-def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
-    """walk(weight, plan, work, part, first, zeros): each of the warp's items is given to
-    multiply(weight, plan, work, part, item, at, zeros). The table of runs must be there."""
-    stages, unit_bytes, fill = spec.stages, spec.unit.bytes, filler(spec, known_run)
-    ring_of, wait_for_item = ring_function(spec), copies_done(stages - 1)
-
-    @cuda.jit(device=True, forceinline=True)
-    def walk(weight, plan, work, part, first, zeros):
-        ring, item, slot = ring_of(plan, work, zeros), first, int32(0)
-        while item.left > 0:
-            wait_for_item()
-            cuda.syncwarp()
-            at = int32(ring + slot * unit_bytes)
-            multiply(weight, plan, work, part, item, at, zeros)
-            cuda.syncwarp()
-            item = following(work, item)
-            ahead = item
-            for _ in range(stages - 1):
-                ahead = following(work, ahead)
-            fill(weight, plan, work, part, ahead, at, zeros)
-            end_of_copies()
-            slot = int32(slot + 1 if slot + 1 < stages else 0)
-
-    return walk
-
-
 @cuda.jit(device=True, forceinline=True)
 def clear_shared_bytes(begin, end, thread, threads):
     """Zeros from a shared address on to another; 8 divides both."""
@@ -381,9 +325,10 @@ def clear_shared_bytes(begin, end, thread, threads):
 
 
 def table_filler(spec: KernelSpec) -> Any:
-    """fill_table(weight, plan, work, zeros): run_starts of the cluster's tiles to shared memory,
-    where another thread finds them behind a barrier. In global memory they are too far away for a
-    warp that has a unit to multiply by."""
+    """fill_table(weight, plan, work, zeros): run_starts of the cluster's tiles are on their way to
+    shared memory. In global memory they are too far away for a warp that has a unit to multiply by.
+    They are a group of each thread's copies (ptx.end_of_copies); when that is there others, behind
+    a barrier, may read them."""
     threads = spec.threads
 
     @cuda.jit(device=True, forceinline=True)
@@ -391,9 +336,10 @@ def table_filler(spec: KernelSpec) -> Any:
         table, i = int32(zeros + WORD_BYTES * plan.starts), work.thread
         first = np.int64(work.first_tile) * weight.segments
         while weight.runs and i <= work.tiles * weight.segments:
-            start = load_int32(weight.run_starts + WORD_BYTES * (first + i))
-            to_shared_int32(int32(table + WORD_BYTES * i), start)
+            source = weight.run_starts + WORD_BYTES * (first + i)
+            copy_word(int32(table + WORD_BYTES * i), source)
             i = int32(i + threads)
+        end_of_copies()
 
     return fill_table
 
@@ -410,78 +356,6 @@ def known_run(weight, plan, work, item, segment, zeros):
 def item_run(weight, plan, work, item, segment, zeros):
     """`run_of` an item's tile and a segment."""
     return run_of(weight, int32(work.first_tile + item.tile), segment)
-
-
-# --- Copying ahead
-
-
-def filler(spec: KernelSpec, find_run: Any) -> Any:
-    """fill(weight, plan, work, part, item, to, zeros): an item on its way to shared memory.
-
-    find_run: `item_run`, or `known_run`, which needs the table.
-    """
-    fill_unit, fill_run = unit_filler(spec.unit), run_filler(spec.unit)
-
-    @cuda.jit(device=True, forceinline=True)
-    def fill(weight, plan, work, part, item, to, zeros):
-        if item.left > 0 and item.place < work.units:
-            if item.place < part.units:
-                tile = int32(work.first_tile + item.tile)
-                fill_unit(weight, tile, int32(part.unit + item.place), to, work.lane)
-        elif item.left > 0 and item.place < work.units + part.runs:
-            segment = int32(part.run + item.place - work.units)
-            start, loads = find_run(weight, plan, work, item, segment, zeros)
-            fill_run(weight, start, loads, to, work.lane)
-
-    return fill
-
-
-def unit_filler(spec: UnitSpec) -> Any:
-    """fill_unit(weight, tile, unit, to, lane): one unit.
-
-    For several inputs, of each 32 loads of codes those of a quad's lane t lie side by side, so that
-    a warp whose lanes read one word each of them meets each bank once.
-    """
-    warp_bytes = LANES * LOAD_BYTES
-    code_bytes, transposed = spec.blocks * spec.block_bytes, spec.inputs > 1
-    stat_bytes, second_bytes = spec.stat_bytes, spec.second_bytes
-    record_bytes = spec.record_bytes
-    copy_codes = copier(*range(0, code_bytes, warp_bytes))
-    copy_statistics, copy_second = copier(code_bytes), copier(record_bytes)
-
-    @cuda.jit(device=True, forceinline=True)
-    def fill_unit(weight, tile, unit, to, lane):
-        own = int32(LOAD_BYTES * lane)
-        place = own
-        if transposed:
-            place = int32(LOAD_BYTES * ((lane & 3) * 8 + (lane >> 2)))
-        number = int32(tile * weight.units + unit)
-        source = weight.records + np.int64(number) * record_bytes + own
-        copy_codes(int32(to + place), source)
-        to = int32(to + own)
-        if own < stat_bytes:
-            copy_statistics(to, source)
-        if own < second_bytes:
-            number = int32(int32(tile >> weight.stats_shift) * weight.units + unit)
-            source = weight.second_level + np.int64(number) * second_bytes + own - record_bytes
-            copy_second(to, source)
-
-    return fill_unit
-
-
-def run_filler(spec: UnitSpec) -> Any:
-    """fill_run(weight, start, loads, to, lane): one run, as much of it as a unit's place takes."""
-    room, copy_ahead = spec.bytes // LOAD_BYTES, copier(0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def fill_run(weight, start, loads, to, lane):
-        source = weight.runs + np.int64(start) * LOAD_BYTES
-        at, end = int32(LOAD_BYTES * lane), int32(LOAD_BYTES * min(loads, room))
-        while at < end:
-            copy_ahead(int32(to + at), source + at)
-            at = int32(at + LOAD_BYTES * LANES)
-
-    return fill_run
 
 
 @cuda.jit(device=True, forceinline=True)

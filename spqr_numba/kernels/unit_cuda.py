@@ -163,6 +163,12 @@ class Unit:
         """value * factor."""
         return self.builder.mul(value, i32(factor))
 
+    def load_of(self, quad_lane: ir.Value) -> ir.Value:
+        """Bytes from a block's first codes to those of a lane of the own row (`place_of_lane`)."""
+        row = self.builder.lshr(self.lane, i32(2))
+        row = self.builder.xor(row, self.times(quad_lane, 2))
+        return self.times(self.builder.add(self.times(quad_lane, OCTET), row), LOAD_BYTES)
+
     def add_to(self, totals: list[ir.Value]) -> list[ir.Value]:
         """The totals with this unit's products added."""
         for block in range(self.spec.blocks):
@@ -200,7 +206,7 @@ class UnitOfOne(Unit):
         """low, high: of x' for the groups t and t + 4 of the unit's first octet, or of zeros, and
         the steps from octet to octet; x_sums: of X of the group 2t there."""
         super().__init__(ptx, spec, unit, lane)
-        self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
+        self.codes = self.builder.add(unit, self.load_of(self.in_quad))
         self.inputs = (low, low_step), (high, high_step)
         self.x_sums = x_sums
 

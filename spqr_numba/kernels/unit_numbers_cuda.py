@@ -103,7 +103,7 @@ class UnitOfNumbers(Unit):
 
     def __init__(self, ptx, copying, unit, lane, patch, between, out, step, rows, columns) -> None:
         super().__init__(ptx, copying.spec, unit, lane)
-        self.codes = self.builder.add(unit, self.times(lane, LOAD_BYTES))
+        self.codes = self.builder.add(unit, self.load_of(self.in_quad))
         own = self.times(lane, LOAD_BYTES)
         self.patch = None if patch is None else self.builder.add(patch, own)
         self.copying, self.out, self.step = copying, out, step

@@ -6,11 +6,11 @@ The eight columns of an mma's second operand are inputs, and the columns of one 
 
 x' lies as [columns, 8 inputs], so ldmatrix brings it to the lanes; the columns of a group are in
 the order in which the first operand has them (several_inputs_cuda.py). For that operand the lanes
-of a quad must all hold codes of the same group, and the lane t takes its quarter t: where the words
-of a quad's lanes are laid transposed in shared memory (stream_cuda.py), each of the four reads from
-all. Sums over one group come out, of rows g and g + 8 and the inputs 2t and 2t + 1, and take the
-scale of their row. One lane of the quad has decoded that, and left it as float32 where the codes
-were, which all lanes have in registers by then.
+of a quad must all hold codes of the same group, and the lane t takes its quarter t: each of the
+four reads a word of the loads of all (prepared.py). Sums over one group come out, of rows g and
+g + 8 and the inputs 2t and 2t + 1, and take the scale of their row. One lane of the quad has
+decoded that, and left it as float32 where the codes were, which all lanes have in registers by
+then.
 
 What the zeros take away, the sum of scale * zero * X over an octet, is a product of matrices too:
 mma.m16n8k8 of tf32 has eleven bits of a factor, so a factor is two, and the lower parts of both are
@@ -27,7 +27,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .codes_cuda import group_codes, group_places
-from .prepared import LANES, OCTET, QUARTERS, group_pairs
+from .prepared import LANES, OCTET, group_pairs
 from .ptx import Ptx, f32, i32, packed
 from .unit_cuda import LOAD_BYTES, Unit
 
@@ -48,8 +48,8 @@ class UnitOfSeveral(Unit):
         x_step: bytes from there to the next eight; so x_sums, of -X of its first octet."""
         super().__init__(ptx, spec, unit, lane)
         row = self.builder.lshr(lane, i32(2))
-        own = self.builder.add(self.times(row, LOAD_BYTES), self.times(self.in_quad, 4))
-        self.codes = self.builder.add(unit, own)
+        own = self.builder.add(unit, self.times(self.in_quad, 4))
+        self.codes = [self.builder.add(own, self.load_of(i32(quad_lane))) for quad_lane in range(4)]
         x = self.builder.add(x, self.place_of_matrix_row())
         own = self.builder.add(self.times(self.in_quad, 8 * AT_ONCE), self.times(row, 8))
         self.inputs, self.x_sums = [x], [self.builder.add(x_sums, own)]
@@ -85,9 +85,9 @@ class UnitOfSeveral(Unit):
 
     def words_of(self, block: int, quad_lane: int) -> list[ir.Value]:
         """Code pairs of the groups of a lane of the quad, of the own lane's quarter."""
-        first = block * self.spec.block_bytes + quad_lane * LANES // QUARTERS * LOAD_BYTES
+        first, step = block * self.spec.block_bytes, LANES * LOAD_BYTES
         return [
-            self.ptx.load_shared(self.at(self.codes, first + word * LANES * LOAD_BYTES), 1)[0]
+            self.ptx.load_shared(self.at(self.codes[quad_lane], first + word * step), 1)[0]
             for word in range(self.spec.bits)
         ]
 

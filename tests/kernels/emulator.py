@@ -28,6 +28,7 @@ __all__ = ["emulated"]
 PACKAGE = "spqr_numba.kernels."
 KERNELS = (
     "stream_cuda",
+    "ring_cuda",
     "feed_cuda",
     "staging_cuda",
     "run_cuda",
@@ -61,7 +62,7 @@ def emulated(
     arrival: str, room: str = "matmul_cuda", major: int = 9, *, watched: bool = False
 ) -> Iterator[ModuleType]:
     """A room, imported anew for this GPU; `arrival` of copies is "early" or "late", `major` the
-    first part of its compute capability. Watched it is slow, and knows no barriers of bulk_cuda."""
+    first part of its compute capability. Watched it is slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "WATCHED", watched)
         for other, replaced in replacements(late=arrival == "late").items():
@@ -129,6 +130,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "publish_in_cluster": lambda: arrive_in_cluster(published=True),
             "wait_for_cluster": wait_for_cluster,
             "copier": partial(copier, late),
+            "copy_word": partial(copy_ahead, late, 4),
             "end_of_copies": lambda: here.copies.append([]),
             "copies_done": copies_done,
         },
@@ -172,6 +174,8 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
         },
         "bulk_cuda": {
             "make_barrier": make_barrier,
+            "forget_barrier": lambda address: here.block.barriers.pop(int(address)),
+            "let_copy_engine_overwrite": lambda: None,
             "let_copy_engine_see": lambda: None,
             "arrive": lambda address: here.block.barriers[int(address)].arrive(),
             "expect_bytes": lambda at, count: here.block.barriers[int(at)].expect(int(count)),
@@ -510,22 +514,28 @@ def write(kind: Any, number: Any, address: int, value: Any) -> None:
 
 
 def copier(late: bool, *distances: int) -> Callable[[Any, Any], None]:
-    """copy_ahead(to, source): now, or when its group is waited for."""
+    """ptx.copier."""
 
-    def copy(to: int, source: int) -> None:
-        assert to % LOAD_BYTES == source % LOAD_BYTES == 0
-        memory = here.block.memory
-        assert 0 <= to <= len(memory) - LOAD_BYTES
-        note(to, LOAD_BYTES, written=True)
-        ctypes.memmove(memory.ctypes.data + to, source, LOAD_BYTES)
-
-    def copy_ahead(to: Any, source: Any) -> None:
+    def copy_loads(to: Any, source: Any) -> None:
         for distance in distances:
-            here.copies[-1].append(partial(copy, int(to) + distance, int(source) + distance))
-        if not late:
-            done(here.copies[-1:])
+            copy_ahead(late, LOAD_BYTES, to + distance, source + distance)
 
-    return copy_ahead
+    return copy_loads
+
+
+def copy_ahead(late: bool, size: int, to: Any, source: Any) -> None:
+    """Some bytes to shared memory: now, or when their group is waited for."""
+    assert to % size == source % size == 0
+    memory = here.block.memory
+    assert 0 <= to <= len(memory) - size
+
+    def copy() -> None:
+        note(to, size, written=True)
+        ctypes.memmove(memory.ctypes.data + int(to), int(source), size)
+
+    here.copies[-1].append(copy)
+    if not late:
+        done(here.copies[-1:])
 
 
 def copies_done(groups: int) -> Callable[[], None]:
@@ -620,6 +630,7 @@ def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> Non
     assert 0 <= to <= len(memory) - count
 
     def happen() -> None:
+        note(to, int(count), written=True)
         ctypes.memmove(memory.ctypes.data + int(to), int(source), int(count))
         phases.receive(int(count))
 
