@@ -256,10 +256,7 @@ def cost_of(planned: Planned) -> float:
 
 def shared_bytes(spec: KernelSpec, plan: Plan) -> int:
     """That a block needs."""
-    ring = spec.warps * spec.stages * spec.place_bytes
-    if spec.unit.inputs > 1:
-        ring = max(ring, (plan.tiles + 1) * slot_floats(spec) * FLOAT_BYTES)
-    return plan.ring + ring
+    return plan.ring + spec.warps * spec.stages * spec.place_bytes
 
 
 def slot_floats(spec: KernelSpec) -> int:
@@ -295,6 +292,9 @@ def plan_of_several(weight: PreparedMatrix, spec: KernelSpec, slabs: int, cluste
     columns, most_runs = part_sizes(weight, spec, units, wider, spec.ranks * slabs)
     sums = (INPUTS_BEGIN + HALF_BYTES * spec.unit.inputs * columns) // FLOAT_BYTES
     slots = sums + spec.unit.inputs * columns // spec.unit.group_size
+    most = tiles + (longer > 0)
+    shares = ceil_div(most, spec.ranks) * spec.ranks * slot_floats(spec)
+    slots = max(slots, INPUTS_BEGIN // FLOAT_BYTES + shares)
     pairs = ceil_div(ceil_div(weight.spec.in_features, 2), spec.ranks)
     return Plan(
         tiles=tiles,
@@ -307,7 +307,7 @@ def plan_of_several(weight: PreparedMatrix, spec: KernelSpec, slabs: int, cluste
         columns=columns,
         sums=sums,
         slots=slots,
-        **behind_slots(weight, spec, slots, tiles + (longer > 0)),
+        **behind_slots(weight, spec, slots, most),
     )
 
 

@@ -422,6 +422,58 @@ let_dependents_start = effect(
 
 
 @cache
+def pair_loader(rows: int) -> Any:
+    """load(x, step, count, column) -> a word of each row: int32 tuple. x: address of halves
+    [count, ...], `step` bytes from row to row; column: an even one; rows from `count` on: like the
+    last."""
+
+    @intrinsic
+    def load(typingctx, x, step, count, column):
+        def codegen(context, builder, signature, arguments):
+            return packed(builder, loaded_pairs(Ptx(builder), rows, *arguments))
+
+        words = types.UniTuple(types.int32, rows)
+        return words(types.int64, types.int64, types.int32, types.int32), codegen
+
+    return load
+
+
+def loaded_pairs(
+    ptx: Ptx, rows: int, x: ir.Value, step: ir.Value, count: ir.Value, column: ir.Value
+) -> list[ir.Value]:
+    """What `pair_loader` loads."""
+    builder, address = ptx.builder, ir.IntType(64)
+    last, words = builder.sub(count, i32(1)), []
+    for row in range(rows):
+        there = builder.icmp_signed("<", i32(row), last)
+        own = builder.zext(builder.select(there, i32(row), last), address)
+        first = builder.add(x, builder.mul(own, step))
+        place = builder.add(first, builder.zext(builder.shl(column, i32(1)), address))
+        words.append(ptx.emit("ld.global.b32 $0, [$1]", "=r,l", [WORD], [place], ordered=True))
+    return words
+
+
+@cache
+def halves_taker(half: int) -> Any:
+    """take(words) -> the lower (0) or the upper (1) half of each word, two to a word: int32 tuple,
+    half as many."""
+    chosen = 0x7632 if half else 0x5410
+
+    @intrinsic
+    def take(typingctx, words):
+        def codegen(context, builder, signature, arguments):
+            given = unpacked(builder, arguments[0])
+            text = f"prmt.b32 $0, $1, $2, {chosen}"
+            pairs = zip(given[::2], given[1::2], strict=True)
+            taken = [emit(builder, text, "=r,r,r", WORD, pair) for pair in pairs]
+            return packed(builder, taken)
+
+        return types.UniTuple(types.int32, len(words) // 2)(words), codegen
+
+    return take
+
+
+@cache
 def copier(*distances: int) -> Any:
     """copy_ahead(to, source): 16 bytes from each of these distances on, from global memory (int64)
     to shared memory (int32), while the thread goes on."""
@@ -476,13 +528,6 @@ def of_rank(typingctx, address, rank):
     return types.int32(types.int32, types.int32), codegen
 
 
-cluster_floats = _loader(
-    "cluster_floats",
-    "ld.shared::cluster.v4.f32",
-    "float32",
-    "Four float32 where `of_rank` says; 16 divides that.",
-    4,
-)
 to_cluster_int32 = _storer(
     "to_cluster_int32", "st.shared::cluster.b32", "int32", "int32 to where `of_rank` says."
 )
@@ -491,6 +536,13 @@ to_cluster_load = effect(
     "st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4}",
     (types.int32,) * 5,
     "16 bytes to where `of_rank` says.",
+)
+send_floats = effect(
+    "send_floats",
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+    " [$0], {$1, $2, $3, $4}, [$5]",
+    (types.int32, *(types.float32,) * 4, types.int32),
+    "Four float32 to where `of_rank` says; a barrier of that block (bulk_cuda.py) is told.",
 )
 arrive_in_cluster = effect(
     "arrive_in_cluster",

@@ -123,6 +123,7 @@ def ring_keepers(spec: KernelSpec) -> tuple[Any, Any]:
             for i in range(stages):
                 make_barrier(int32(ring + i * place_bytes + unit_bytes), int32(1))
             let_copy_engine_see()
+        cuda.syncwarp()
 
     @cuda.jit(device=True, forceinline=True)
     def close_barriers(ring, lane):

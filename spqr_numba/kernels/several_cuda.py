@@ -9,12 +9,15 @@ block is one.
     shared memory  dtype    shape
     exponents      int32    [8 ranks, 16 inputs]             the largest of a bf16 input
     factors        float32  [2, 16 inputs]                   to multiply by, and one over these
+    barrier        int64    [2]                              the first: of the shares
     x'             fp16     [inputs / 8, columns, 8 inputs]  of a part
     -X             float32  [inputs / 8, groups / 2, 8 inputs, 2 groups]
+    shares         float32  [own tiles, ranks, 32, totals]   in their place: the cluster's sums
     slots          float32  [tiles + warps - 1, 32, totals]  stream_cuda.py
     starts         int32    [tiles * segments + 1]           of run_starts (runs.py)
-    ring           bytes    [warps, stages, place]   ring_cuda.py
-    in its place   float32  [tiles, 32, totals]              the sums of the slots, for the cluster
+    ring           bytes    [warps, stages, place]           ring_cuda.py
+
+In the end a tile belongs to one of the cluster's blocks. Each block sends it the sum of its slots.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ import numpy as np
 import torch
 from numba import types
 
+from .bulk_cuda import expect_bytes, let_copy_engine_see, make_barrier, wait_for_phase
 from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
 from .prepared import LANES, OCTET, UNIT_OCTETS
 from .product_cuda import FLOAT_BYTES
 from .ptx import (
-    cluster_floats,
     divide,
     divider,
     four_floats,
@@ -39,6 +42,7 @@ from .ptx import (
     load_uint16,
     of_rank,
     prefetch,
+    send_floats,
     shared_address,
     shared_float,
     store_uint16,
@@ -51,6 +55,7 @@ from .scalars import bfloat_to_float, float_to_bfloat, float_to_half, half_to_fl
 from .several_inputs_cuda import (
     FACTORS,
     INPUTS_BEGIN,
+    SHARES_THERE,
     cluster_functions,
     factor_finder,
     several_stager,
@@ -82,19 +87,19 @@ SEVERAL = (WEIGHT, types.int64, types.int32, types.int64, types.int64, types.int
 def several_kernel(spec: KernelSpec) -> Any:
     """kernel(weight, x, step, y, bias, count, plan): addresses of x [count, columns], `step` bytes
     from row to row, of y [count, rows], all fp16 or bf16, and of bias [rows] or 0."""
+    make_known, wait_for_shares = shares_barrier(spec)
     arrive, publish, wait = cluster_functions(spec)
     work_of, part_of = work_function(spec), parts_function(spec)
     start, (_, fill_ring) = starting_function(spec), ring_starters(spec)
-    find_factors = factor_finder(spec)
+    find_factors, stage = factor_finder(spec), several_stager(spec)
     wait_for_table = earlier_copies_done(spec, spec.filled_first)
-    stage, sum_groups = several_stager(spec), summer(spec)
-    walk = ring_walker(spec, item_multiplier(spec))
-    add_shares, write_rows = share_adder(spec), writing_function(spec)
+    sum_groups, walk = summer(spec), ring_walker(spec, item_multiplier(spec))
+    send_shares, write_rows = share_sender(spec), writing_function(spec)
 
     @cuda.jit(launch_bounds=(spec.threads, spec.resident))
     def kernel(weight, x, step, y, bias, count, plan):
-        zeros = shared_address(cuda.shared.array(0, np.uint16))
-        slab = int32(0)
+        zeros, slab = shared_address(cuda.shared.array(0, np.uint16)), int32(0)
+        make_known(zeros)
         while slab < plan.slabs:
             arrive()
             work, first = work_of(weight, plan)
@@ -113,15 +118,40 @@ def several_kernel(spec: KernelSpec) -> Any:
             walk(weight, plan, work, part, first, zeros)
             slab = int32(slab + 1)
         cuda.syncthreads()
-        work, _ = work_of(weight, plan)
-        add_shares(plan, work, zeros)
-        publish()
-        wait()
-        write_rows(weight, plan, work, zeros, y, bias, count)
         arrive()
+        work, _ = work_of(weight, plan)
         wait()
+        send_shares(plan, work, zeros)
+        wait_for_shares(zeros)
+        write_rows(weight, plan, work, zeros, y, bias, count)
 
     return kernel
+
+
+def shares_barrier(spec: KernelSpec) -> tuple[Any, Any]:
+    """make_known(zeros): to the cluster, the barrier of the shares; and wait_for_shares(zeros). A
+    block alone has none: its threads meet."""
+    alone = spec.ranks == 1
+
+    @cuda.jit(device=True, forceinline=True)
+    def make_known(zeros):
+        if cuda.threadIdx.x == 0:
+            make_barrier(int32(zeros + SHARES_THERE), int32(1))
+            let_copy_engine_see()
+
+    @cuda.jit(device=True, forceinline=True)
+    def wait_for_shares(zeros):
+        wait_for_phase(int32(zeros + SHARES_THERE), int32(0))
+
+    @cuda.jit(device=True, forceinline=True)
+    def nothing(zeros):
+        pass
+
+    @cuda.jit(device=True, forceinline=True)
+    def meet(zeros):
+        cuda.syncthreads()
+
+    return (nothing, meet) if alone else (make_known, wait_for_shares)
 
 
 def starting_function(spec: KernelSpec) -> Any:
@@ -214,44 +244,67 @@ def tile_loads(spec: KernelSpec) -> int:
     return LANES * spec.unit.totals * FLOAT_BYTES // LOAD_BYTES
 
 
-def share_adder(spec: KernelSpec) -> Any:
-    """add_shares(plan, work, zeros): the sum of each tile's slots, where the rings were.
+def share_sender(spec: KernelSpec) -> Any:
+    """send_shares(plan, work, zeros): the sum of each tile's slots, to whom the tile belongs.
 
     A tile's items are those of some warps side by side; of others between them the slot is empty.
     """
-    threads, warps = spec.threads, spec.warps
-    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
-    loads, divide_by_loads = tile_loads(spec), divider(tile_loads(spec))
+    warps, ranks, loads = spec.warps, spec.ranks, tile_loads(spec)
+    slot_bytes, send, divide_by_ranks = LOAD_BYTES * loads, share_putter(spec), divider(ranks)
 
     @cuda.jit(device=True, forceinline=True)
     def warp_of(item, items):
         return divide(int32((item + 1) * warps - 1), items)
 
     @cuda.jit(device=True, forceinline=True)
-    def add_shares(plan, work, zeros):
-        slots, sums = int32(zeros + FLOAT_BYTES * plan.slots), int32(zeros + plan.ring)
-        items, i = int32(work.tiles * work.places), work.thread
-        while i < work.tiles * loads:
-            tile = divide_by_loads(i)
-            warp = warp_of(int32(tile * work.places), items)
-            last = warp_of(int32((tile + 1) * work.places - 1), items)
-            slot = int32(slots + (tile + warp) * slot_bytes + LOAD_BYTES * (i - tile * loads))
-            a, b, c, d = four_floats(slot)
-            while warp < last:
-                warp, slot = int32(warp + 1), int32(slot + slot_bytes)
-                e, f, g, h = four_floats(slot)
-                a, b, c, d = a + e, b + f, c + g, d + h
-            put_floats(int32(sums + LOAD_BYTES * i), (a, b, c, d))
-            i = int32(i + threads)
+    def sum_of(slot, more):
+        a, b, c, d = four_floats(slot)
+        for _ in range(more):
+            slot = int32(slot + slot_bytes)
+            e, f, g, h = four_floats(slot)
+            a, b, c, d = a + e, b + f, c + g, d + h
+        return a, b, c, d
 
-    return add_shares
+    @cuda.jit(device=True, forceinline=True)
+    def send_shares(plan, work, zeros):
+        items, tile = int32(work.tiles * work.places), work.warp
+        if ranks > 1 and work.thread == 0:
+            own = divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
+            expect_bytes(int32(zeros + SHARES_THERE), int32(own * ranks * slot_bytes))
+        while tile < work.tiles:
+            warp = warp_of(int32(tile * work.places), items)
+            more = int32(warp_of(int32((tile + 1) * work.places - 1), items) - warp)
+            slot = int32(zeros + FLOAT_BYTES * plan.slots + (tile + warp) * slot_bytes)
+            for first in range(0, loads, LANES):
+                load = int32(first + work.lane)
+                send(work, tile, load, sum_of(int32(slot + LOAD_BYTES * load), more), zeros)
+            tile = int32(tile + warps)
+
+    return send_shares
+
+
+def share_putter(spec: KernelSpec) -> Any:
+    """send(work, tile, load, sums, zeros): four totals of a tile, to whom it belongs."""
+    ranks, loads, divide_by_ranks = spec.ranks, tile_loads(spec), divider(spec.ranks)
+
+    @cuda.jit(device=True, forceinline=True)
+    def send(work, tile, load, sums, zeros):
+        turn = divide_by_ranks(tile)
+        place = int32(INPUTS_BEGIN + LOAD_BYTES * ((turn * ranks + work.rank) * loads + load))
+        if ranks == 1:
+            put_floats(int32(zeros + place), sums)
+        else:
+            other = of_rank(zeros, int32(tile - turn * ranks))
+            barrier = int32(other + SHARES_THERE)
+            send_floats(int32(other + place), sums[0], sums[1], sums[2], sums[3], barrier)
+
+    return send
 
 
 def writing_function(spec: KernelSpec) -> Any:
-    """write_rows(...): what the cluster's blocks found for a share of its tiles, and the bias, to
-    y."""
+    """write_rows(...): the sum of all blocks' shares of the block's tiles, and the bias, to y."""
     threads, ranks, eights = spec.threads, spec.ranks, spec.unit.inputs // AT_ONCE
-    loads, put, sum_ranks = tile_loads(spec), total_putter(spec), rank_summer(spec)
+    loads, put, sum_shares = tile_loads(spec), total_putter(spec), share_summer(spec)
     divide_by_ranks, divide_by_loads, divide_by_eights = map(divider, (ranks, loads, eights))
 
     @cuda.jit(device=True, forceinline=True)
@@ -259,37 +312,35 @@ def writing_function(spec: KernelSpec) -> Any:
         i, tiles = work.thread, divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
         while i < tiles * loads:
             turn = divide_by_loads(i)
-            tile, load = int32(turn * ranks + work.rank), int32(i - turn * loads)
-            lane = divide_by_eights(load)
+            load = int32(i - turn * loads)
+            lane, tile = divide_by_eights(load), int32(turn * ranks + work.rank)
             row = int32((work.first_tile + tile) * TILE_ROWS + (lane >> 2))
             own = int32((load - lane * eights) * AT_ONCE + 2 * (lane & 3))
-            if row < weight.rows and own < count:  # nobody waits for loads that nobody uses
-                place = int32(zeros + plan.ring + LOAD_BYTES * (tile * loads + load))
-                a, b, c, d = sum_ranks(place)
-                put(weight, row, own, a, zeros, y, bias, count)
-                put(weight, row, int32(own + 1), b, zeros, y, bias, count)
-                put(weight, int32(row + 8), own, c, zeros, y, bias, count)
-                put(weight, int32(row + 8), int32(own + 1), d, zeros, y, bias, count)
+            a, b, c, d = sum_shares(turn, load, zeros)
+            put(weight, row, own, a, zeros, y, bias, count)
+            put(weight, row, int32(own + 1), b, zeros, y, bias, count)
+            put(weight, int32(row + 8), own, c, zeros, y, bias, count)
+            put(weight, int32(row + 8), int32(own + 1), d, zeros, y, bias, count)
             i = int32(i + threads)
 
     return write_rows
 
 
-def rank_summer(spec: KernelSpec) -> Any:
-    """sum_ranks(place) -> all blocks' sums of four totals (unit_several_cuda.py)."""
-    ranks = spec.ranks
+def share_summer(spec: KernelSpec) -> Any:
+    """sum_shares(turn, load, zeros) -> four totals of the block's `turn`-th tile
+    (unit_several_cuda.py)."""
+    ranks, step = spec.ranks, LOAD_BYTES * tile_loads(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_ranks(place):
-        if ranks == 1:
-            return four_floats(place)
-        a, b, c, d = cluster_floats(of_rank(place, int32(0)))
+    def sum_shares(turn, load, zeros):
+        place = int32(zeros + INPUTS_BEGIN + turn * ranks * step + LOAD_BYTES * load)
+        a, b, c, d = four_floats(place)
         for rank in range(1, ranks):
-            e, f, g, h = cluster_floats(of_rank(place, int32(rank)))
+            e, f, g, h = four_floats(int32(place + rank * step))
             a, b, c, d = a + e, b + f, c + g, d + h
         return a, b, c, d
 
-    return sum_ranks
+    return sum_shares
 
 
 def total_putter(spec: KernelSpec) -> Any:

@@ -3,7 +3,7 @@
     x'  fp16     [inputs / 8, columns, 8 inputs]    permuted; of a bf16 input: over a power of two
     -X  float32  [inputs / 8, groups / 2, 8 inputs, 2 groups]    its sums, in units of 2^-24
 
-A thread reads two columns of eight inputs, and writes the eight numbers of a column at once: 16
+A thread reads two columns of all inputs, and writes the eight numbers of a column at once: 16
 bytes, into the shared memory of each block whose part of the columns (stream_cuda.py) has the
 column's place. So an input is read once a cluster, and its permutation costs no more than writing.
 In a group the columns are in the order in which a product of tensor cores takes them.
@@ -16,15 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bulk_cuda import BARRIER_BYTES
 from .launch import numba_cuda
 from .prepared import ALL_LANES, LANES
 from .ptx import (
     arrive_in_cluster,
     divider,
+    halves_taker,
     load_int32,
     load_uint16,
     load_word,
     of_rank,
+    pair_loader,
+    pair_rounder,
     publish_in_cluster,
     shared_float,
     shared_int32,
@@ -35,7 +39,7 @@ from .ptx import (
     to_shared_load,
     wait_for_cluster,
 )
-from .scalars import bfloat_to_float, float_to_half, power_of_two
+from .scalars import bfloat_to_float, power_of_two
 from .staging_cuda import exponent_for, larger_exponent
 from .stream_cuda import KernelSpec, columns_function, parts_function
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, WORD_BYTES, put_floats
@@ -45,6 +49,7 @@ __all__ = [
     "FACTORS",
     "INPUTS_BEGIN",
     "MOST_INPUTS",
+    "SHARES_THERE",
     "cluster_functions",
     "factor_finder",
     "several_stager",
@@ -56,8 +61,10 @@ cuda = numba_cuda()
 MOST_RANKS, MOST_INPUTS = 8, 16
 FACTORS = WORD_BYTES * MOST_RANKS * MOST_INPUTS  # behind exponents [ranks, inputs]
 DIVIDED = FACTORS + WORD_BYTES * MOST_INPUTS  # one over the factors
-INPUTS_BEGIN = DIVIDED + WORD_BYTES * MOST_INPUTS  # where x' lies
+SHARES_THERE = DIVIDED + WORD_BYTES * MOST_INPUTS  # a barrier (several_cuda.py)
+INPUTS_BEGIN = SHARES_THERE + 2 * BARRIER_BYTES  # where x' lies
 int32: Any = np.int32
+uint32: Any = np.uint32
 
 
 def cluster_functions(spec: KernelSpec) -> tuple[Any, Any, Any]:
@@ -81,8 +88,8 @@ def several_stager(spec: KernelSpec) -> Any:
     """stage(weight, plan, x, step, count, work, part, slab, zeros): the block's share of a slab's
     x', which it must publish.
 
-    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. Inputs from `count`
-    on are zero. When it begins the cluster's blocks must be done with the slab before.
+    x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. From `count` on an
+    input is like the last. When it begins the cluster's blocks must be done with the slab before.
     """
     columns_of = columns_function(spec)
     clear_padding, scatter = padding(spec), scatterer(spec)
@@ -98,23 +105,24 @@ def several_stager(spec: KernelSpec) -> Any:
 
 def padding(spec: KernelSpec) -> Any:
     """clear_padding(weight, plan, first, end, thread, zeros): zeros behind the last column."""
-    threads, place_of = spec.threads, place_function(spec)
-    eights, zero = spec.unit.inputs // AT_ONCE, int32(0)
+    threads, place_of, zero = spec.threads, place_function(spec), int32(0)
+    eights = spec.unit.inputs // AT_ONCE
 
     @cuda.jit(device=True, forceinline=True)
     def clear_padding(weight, plan, first, end, thread, zeros):
         column = int32(max(first, weight.columns) + thread)
         while column < end:
+            place = int32(zeros + place_of(int32(column - first)))
             for eight in range(eights):
-                place = place_of(plan, int32(eight), int32(column - first), zeros)
-                to_shared_load(place, zero, zero, zero, zero)
+                at = int32(place + LOAD_BYTES * eight * plan.columns)
+                to_shared_load(at, zero, zero, zero, zero)
             column = int32(column + threads)
 
     return clear_padding
 
 
 def place_function(spec: KernelSpec) -> Any:
-    """place_of(plan, eight, column, zeros) -> where a column's x' lies; columns of the part.
+    """place_of(column) -> where x' of the first eight inputs lies; columns of the part.
 
     Of a group of 16 an mma's operand has 0, 1, 4, 5, 8 ... and then 2, 3, 6, 7 ..., where 4t ...
     4t + 3 are the quarter of lane t.
@@ -122,10 +130,10 @@ def place_function(spec: KernelSpec) -> Any:
     spread = spec.unit.group_size > AT_ONCE
 
     @cuda.jit(device=True, forceinline=True)
-    def place_of(plan, eight, column, zeros):
+    def place_of(column):
         if spread:
             column = int32((column & ~14) | (column & 12) >> 1 | (column & 2) << 2)
-        return int32(zeros + INPUTS_BEGIN + LOAD_BYTES * (eight * plan.columns + column))
+        return int32(INPUTS_BEGIN + LOAD_BYTES * column)
 
     return place_of
 
@@ -136,60 +144,34 @@ def place_function(spec: KernelSpec) -> Any:
 def scatterer(spec: KernelSpec) -> Any:
     """scatter(weight, plan, x, step, count, work, slab, zeros): the block's share of columns."""
     threads, eights = spec.threads, spec.unit.inputs // AT_ONCE
-    put = pair_putter(spec)
-
-    @cuda.jit(device=True, forceinline=True)
-    def column_of(begin, own, i):
-        eight = int32(1 if i >= own else 0)
-        return eight, int32(2 * (begin + i - eight * own))
+    load, put = pair_loader(spec.unit.inputs), pair_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def scatter(weight, plan, x, step, count, work, slab, zeros):
         begin = int32(work.rank * plan.pairs)
         own = int32(min(plan.pairs, ((weight.columns + 1) >> 1) - begin))
         i = work.thread
-        while i < eights * own:
-            also = int32(min(i + threads, eights * own - 1))  # to wait for both together
-            eight, column = column_of(begin, own, i)
-            other_eight, other_column = column_of(begin, own, also)
-            words = load_pair(weight, x, step, count, eight, column)
-            others = load_pair(weight, x, step, count, other_eight, other_column)
-            put(weight, plan, slab, eight, column, words, zeros)
-            put(weight, plan, slab, other_eight, other_column, others, zeros)
-            i = int32(i + 2 * threads)
+        while i < own:
+            column = int32(2 * (begin + i))
+            if eights == 1:  # two pairs, to wait for both together
+                other = int32(2 * (begin + min(i + threads, own - 1)))
+                words, targets = load(x, step, count, column), targets_of(weight, column)
+                others, behind = load(x, step, count, other), targets_of(weight, other)
+                put(weight, plan, slab, column, targets, words, zeros)
+                if i + threads < own:
+                    put(weight, plan, slab, other, behind, others, zeros)
+                i = int32(i + 2 * threads)
+            else:
+                words, targets = load(x, step, count, column), targets_of(weight, column)
+                put(weight, plan, slab, column, targets, words, zeros)
+                i = int32(i + threads)
 
     return scatter
 
 
 @cuda.jit(device=True, forceinline=True)
-def load_pair(weight, x, step, count, eight, column):
-    """A word of two columns from each of eight inputs; and where these go, two to a word."""
-    first, behind = int32(AT_ONCE * eight), int32(count - AT_ONCE * eight)
-    place = x + np.int64(first) * step + HALF_BYTES * column
-    return (
-        load_input(place, behind > 0),
-        load_input(place + step, behind > 1),
-        load_input(place + 2 * step, behind > 2),
-        load_input(place + 3 * step, behind > 3),
-        load_input(place + 4 * step, behind > 4),
-        load_input(place + 5 * step, behind > 5),
-        load_input(place + 6 * step, behind > 6),
-        load_input(place + 7 * step, behind > 7),
-        targets_of(weight, column),
-    )
-
-
-@cuda.jit(device=True, forceinline=True)
-def load_input(place, there):
-    """A word of an input, or zeros."""
-    if there:
-        return load_word(place)
-    return int32(0)
-
-
-@cuda.jit(device=True, forceinline=True)
 def targets_of(weight, column):
-    """Where a column and the next go."""
+    """Where a column and the next go, in the halves of a word."""
     if not weight.target:
         return int32(column | (column + 1) << 16)
     if column + 1 < weight.columns:
@@ -198,62 +180,87 @@ def targets_of(weight, column):
 
 
 def pair_putter(spec: KernelSpec) -> Any:
-    """put(weight, plan, slab, eight, column, words, zeros): what `load_pair` loaded, to x'."""
-    bfloat, put_column = spec.kind == torch.bfloat16, column_putter(spec)
+    """put(weight, plan, slab, column, targets, words, zeros): two columns, as `pair_loader` loaded
+    them, to x'."""
+    lower, upper = column_maker(spec, 0), column_maker(spec, 1)
+    put_column = column_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def scaled(half, factor):
-        return float_to_half(bfloat_to_float(half) * factor)
-
-    @cuda.jit(device=True, forceinline=True)
-    def half_pair(one, other, upper, divided):
-        """The lower or the upper half of two inputs' words."""
-        low, high = np.uint16(one >> upper & 0xFFFF), np.uint16(other >> upper & 0xFFFF)
-        if bfloat:
-            low = scaled(low, shared_float(divided))
-            high = scaled(high, shared_float(int32(divided + WORD_BYTES)))
-        return int32(int32(low) | int32(high) << 16)
-
-    @cuda.jit(device=True, forceinline=True)
-    def put_half(weight, plan, slab, eight, words, upper, zeros):
-        target = int32(words[8] >> upper & 0xFFFF)
-        divided = int32(zeros + DIVIDED + WORD_BYTES * AT_ONCE * eight)
-        column = (
-            half_pair(words[0], words[1], upper, divided),
-            half_pair(words[2], words[3], upper, int32(divided + 2 * WORD_BYTES)),
-            half_pair(words[4], words[5], upper, int32(divided + 4 * WORD_BYTES)),
-            half_pair(words[6], words[7], upper, int32(divided + 6 * WORD_BYTES)),
-        )
-        put_column(weight, plan, slab, eight, target, column, zeros)
-
-    @cuda.jit(device=True, forceinline=True)
-    def put(weight, plan, slab, eight, column, words, zeros):
-        put_half(weight, plan, slab, eight, words, 0, zeros)
+    def put(weight, plan, slab, column, targets, words, zeros):
+        put_column(weight, plan, slab, int32(targets & 0xFFFF), lower(words, zeros), zeros)
         if column + 1 < weight.columns:
-            put_half(weight, plan, slab, eight, words, 16, zeros)
+            target = int32(targets >> 16 & 0xFFFF)
+            put_column(weight, plan, slab, target, upper(words, zeros), zeros)
 
     return put
 
 
 def column_putter(spec: KernelSpec) -> Any:
-    """put_column(weight, plan, slab, eight, target, words, zeros): to each block that needs it."""
+    """put_column(weight, plan, slab, target, words, zeros): to each block that needs it."""
     ranks, part_of, place_of = spec.ranks, parts_function(spec), place_function(spec)
-    columns_of = columns_function(spec)
+    columns_of, put_eights = columns_function(spec), eights_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def put_column(weight, plan, slab, eight, target, words, zeros):
-        from_zero = place_of(plan, eight, target, zeros)  # 16 divides where parts begin
+    def put_column(weight, plan, slab, target, words, zeros):
+        from_zero = place_of(target)  # 16 divides where parts begin
         for rank in range(ranks):
             first, end = columns_of(weight, part_of(weight, plan, int32(rank), slab))
-            if first <= target and target < end:
-                place = int32(from_zero - LOAD_BYTES * first)
-                if ranks == 1:
-                    to_shared_load(place, words[0], words[1], words[2], words[3])
-                else:
-                    place = of_rank(place, int32(rank))
-                    to_cluster_load(place, words[0], words[1], words[2], words[3])
+            if uint32(target - first) < uint32(end - first):
+                put_eights(plan, int32(rank), int32(from_zero - LOAD_BYTES * first), words, zeros)
 
     return put_column
+
+
+def eights_putter(spec: KernelSpec) -> Any:
+    """put_eights(plan, rank, place, words, zeros): a column of all inputs, to a block."""
+    ranks, eights = spec.ranks, spec.unit.inputs // AT_ONCE
+    put_load = to_cluster_load if ranks > 1 else to_shared_load
+
+    @cuda.jit(device=True, forceinline=True)
+    def put_eights(plan, rank, place, words, zeros):
+        if ranks > 1:
+            zeros = of_rank(zeros, rank)
+        put_load(int32(zeros + place), words[0], words[1], words[2], words[3])
+        if eights > 1:
+            at = int32(zeros + place + LOAD_BYTES * plan.columns)
+            put_load(at, words[4], words[5], words[6], words[7])
+
+    return put_eights
+
+
+def column_maker(spec: KernelSpec, half: int) -> Any:
+    """column_of(words, zeros) -> words of a column: of inputs' words the lower or the upper half,
+    two to a word; a bf16 input over its power of two."""
+    take, rounded, eights = halves_taker(half), pair_rounder("f16"), spec.unit.inputs // AT_ONCE
+
+    @cuda.jit(device=True, forceinline=True)
+    def column_of_halves(words, zeros):
+        return take(words)
+
+    @cuda.jit(device=True, forceinline=True)
+    def column_of_bfloats(words, zeros):
+        words, divided = take(words), int32(zeros + DIVIDED)
+        if eights == 1:
+            return scaled_four(words, divided)
+        behind = int32(divided + WORD_BYTES * AT_ONCE)
+        return scaled_four(words[:4], divided) + scaled_four(words[4:], behind)
+
+    @cuda.jit(device=True, forceinline=True)
+    def scaled_four(words, divided):
+        return (
+            scaled(words[0], divided),
+            scaled(words[1], int32(divided + 2 * WORD_BYTES)),
+            scaled(words[2], int32(divided + 4 * WORD_BYTES)),
+            scaled(words[3], int32(divided + 6 * WORD_BYTES)),
+        )
+
+    @cuda.jit(device=True, forceinline=True)
+    def scaled(word, divided):
+        low = bfloat_to_float(np.uint16(word & 0xFFFF)) * shared_float(divided)
+        high = bfloat_to_float(np.uint16(word >> 16 & 0xFFFF))
+        return rounded(low, high * shared_float(int32(divided + WORD_BYTES)))
+
+    return column_of_bfloats if spec.kind == torch.bfloat16 else column_of_halves
 
 
 # --- Sums, and the factors of bf16

@@ -123,9 +123,11 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "word_gatherer": word_gatherer,
             "of_rank": lambda address, rank: np.int32((rank + 1) * RANK_STEP + address),
             "four_floats": four_floats,
-            "cluster_floats": four_floats,
             "to_cluster_int32": partial(to_shared, np.int32),
             "to_cluster_load": to_shared_load,
+            "send_floats": partial(send_floats, late),
+            "pair_loader": pair_loader,
+            "halves_taker": halves_taker,
             "arrive_in_cluster": lambda: arrive_in_cluster(published=False),
             "publish_in_cluster": lambda: arrive_in_cluster(published=True),
             "wait_for_cluster": wait_for_cluster,
@@ -180,7 +182,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "arrive": lambda address: here.block.barriers[int(address)].arrive(),
             "expect_bytes": lambda at, count: here.block.barriers[int(at)].expect(int(count)),
             "bulk_copy": partial(bulk_copy, late),
-            "wait_for_phase": lambda at, parity: here.block.barriers[int(at)].wait(int(parity)),
+            "wait_for_phase": wait_for_phase,
         },
         "unit_several_cuda": words_and_floats | {"pair_summer": pair_summer},
         "codes_cuda": {"i32": constants["i32"]},
@@ -240,23 +242,26 @@ class Meeting:
 
 
 class Watch:
-    """Of each two bytes of a block's shared memory, which warp wrote and which read last, and how
-    many barriers of its block it had passed then, and at how many of the cluster it had arrived."""
+    """Of each two bytes of a block's shared memory, which warp wrote and, since then, which read
+    last, and how many barriers of its block it had passed then, and at how many of the cluster it
+    had arrived; of those that were sent, in which phase of which barrier of bulk_cuda."""
 
-    MANY = -2
+    MANY, SENT = -2, -3
 
     def __init__(self, size: int) -> None:
         self.last = {
             written: np.full((3, size // 2), -1, np.int64) for written in (False, True)
-        }  # [warp, passed, arrived]
+        }  # [warp, passed, arrived]; [SENT, phase, barrier]
 
-    def note(self, places: np.ndarray, *, written: bool) -> None:
+    def note(self, places: np.ndarray, *, written: bool, sent: tuple[int, int] = (0, 0)) -> None:
         """The running thread's warp is there: what others wrote must lie behind a barrier that made
-        it known, and where it writes, what they read behind any."""
-        own = warp_number()
+        it known, and where it writes, what they read behind any. sent: phase and barrier."""
+        own, unread = warp_number(), self.last[False][0, places] == -1
         for before in (False, True) if written else (True,):
             warp, passed, arrived = self.last[before][:, places]
             known = self.known(warp, passed, arrived, published=before)
+            if written and before:
+                known |= ~unread  # behind them
             unordered = (warp != -1) & (warp != own) & ~known
             if unordered.any():
                 verbs = {False: "reads", True: "writes"}
@@ -265,11 +270,15 @@ class Watch:
                     f" at {2 * places[unordered][0]}, in no order"
                 )
         last = self.last[written]
-        warp, passed, arrived = last[:, places]
         if not written:
+            warp, passed, arrived = last[:, places]
             known = self.known(warp, passed, arrived, published=False)
             own = np.where((warp == -1) | (warp == own) | known, own, self.MANY)
+        else:
+            self.last[False][0, places] = -1
         last[0, places], last[1, places], last[2, places] = own, here.passed, here.arrived
+        if sent[1]:
+            last[0, places], last[1, places], last[2, places] = self.SENT, *sent
 
     def known(
         self, warp: np.ndarray, passed: np.ndarray, arrived: np.ndarray, *, published: bool
@@ -277,7 +286,11 @@ class Watch:
         """Whether a barrier lies between what a warp did then and what the running thread does."""
         of_block = (warp // WARPS == warp_number() // WARPS) | (warp == self.MANY)
         behind = here.published if published else here.waited
-        return of_block & (passed < here.passed) | (arrived < behind)
+        known = (warp >= self.MANY) & (of_block & (passed < here.passed) | (arrived < behind))
+        for barrier in np.unique(arrived[warp == self.SENT]):
+            seen = here.seen.get(int(barrier), 0)
+            known |= (warp == self.SENT) & (arrived == barrier) & (passed < seen)
+        return known
 
 
 def warp_number() -> int:
@@ -286,12 +299,14 @@ def warp_number() -> int:
     return block.cluster.blocks.index(block) * WARPS + here.number // LANES
 
 
-def note(address: Any, size: int, *, written: bool, block: Block | None = None) -> None:
+def note(
+    address: Any, size: int, *, written: bool, block: Block | None = None, **sent: tuple[int, int]
+) -> None:
     """Some lanes read or write `size` bytes each, in a block that may be watched."""
     watch = (block or here.block).watch
     if watch is not None:
         starts = np.asarray(address, np.int64).reshape(-1, 1) // 2
-        watch.note((starts + np.arange(size // 2)).ravel(), written=written)
+        watch.note((starts + np.arange(size // 2)).ravel(), written=written, **sent)
 
 
 def arrive_in_cluster(*, published: bool) -> None:
@@ -351,6 +366,7 @@ class Launcher:
         here.warp, here.copies = block.warps[number // LANES], [[]]
         here.warpgroup = block.warpgroups[number // WARPGROUP]
         here.passed = here.arrived = here.waited = here.published = 0
+        here.seen = {}
         try:
             with np.errstate(all="ignore"):
                 self.kernel(*arguments)
@@ -452,6 +468,26 @@ def pair_multiplier(kind: str) -> Callable[[Any, Any], Any]:
     return lambda one, other: rounded_pair(*(numbers(one) * numbers(other)))
 
 
+def pair_loader(rows: int) -> Callable[..., Any]:
+    """ptx.pair_loader."""
+
+    def load(x: Any, step: Any, count: Any, column: Any) -> tuple[Any, ...]:
+        firsts = [x + min(row, int(count) - 1) * step for row in range(rows)]
+        return tuple(read(first + 2 * int(column), ctypes.c_int32, np.int32) for first in firsts)
+
+    return load
+
+
+def halves_taker(half: int) -> Callable[[Any], Any]:
+    """ptx.halves_taker."""
+
+    def take(words: Any) -> tuple[Any, ...]:
+        halves = np.array(words, np.int32).view(np.uint16)[half::2]
+        return tuple(halves.copy().view(np.int32))
+
+    return take
+
+
 def word_gatherer(*distances: int) -> Callable[[Any, Any], None]:
     """ptx.word_gatherer."""
 
@@ -494,6 +530,24 @@ def to_shared_load(address: Any, *words: Any) -> None:
     assert address % LOAD_BYTES == 0
     for i, word in enumerate(words):
         to_shared(np.int32, address + 4 * i, word)
+
+
+def send_floats(late: bool, address: Any, *given: Any) -> None:
+    """ptx.send_floats: now, or when the barrier is waited for."""
+    *values, barrier = given
+    block, place, _ = place_in_shared(FLOAT, address)
+    rank, barrier_place = divmod(int(barrier), RANK_STEP)
+    assert place % LOAD_BYTES == 0
+    assert block is here.block.cluster.blocks[rank - 1]
+    phases = block.barriers[barrier_place]
+
+    def happen() -> None:
+        sent = phases.passed, barrier_place
+        note(place, LOAD_BYTES, written=True, block=block, sent=sent)
+        block.memory[place : place + LOAD_BYTES] = np.array(values, FLOAT).view(np.uint8)
+        phases.receive(LOAD_BYTES)
+
+    phases.have(happen, late=late)
 
 
 def place_in_shared(dtype: Any, address: Any) -> tuple[Block, int, int]:
@@ -573,6 +627,7 @@ class Phases:
     def __init__(self, count: int) -> None:
         self.count = self.missing = count
         self.bytes, self.parity, self.aborted = 0, 0, False
+        self.passed = 0  # phases
         self.copies: list[Callable[[], None]] = []  # that are late
         self.changed = threading.Condition(threading.RLock())
 
@@ -596,6 +651,16 @@ class Phases:
         """To the next phase."""
         if self.missing == self.bytes == 0:
             self.missing, self.parity = self.count, 1 - self.parity
+            self.passed += 1
+            self.changed.notify_all()
+
+    def have(self, copy: Callable[[], None], *, late: bool) -> None:
+        """A copy, of which the barrier will be told."""
+        if not late:
+            copy()
+            return
+        with self.changed:
+            self.copies.append(copy)
             self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
@@ -634,12 +699,14 @@ def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> Non
         ctypes.memmove(memory.ctypes.data + int(to), int(source), int(count))
         phases.receive(int(count))
 
-    if late:
-        with phases.changed:
-            phases.copies.append(happen)
-            phases.changed.notify_all()
-    else:
-        happen()
+    phases.have(happen, late=late)
+
+
+def wait_for_phase(at: Any, parity: Any) -> None:
+    """bulk_cuda.wait_for_phase."""
+    phases = here.block.barriers[int(at)]
+    phases.wait(int(parity))
+    here.seen[int(at)] = phases.passed
 
 
 # --- Products of a warpgroup, whose second operand is read when they happen
