@@ -90,8 +90,8 @@ def several_kernel(spec: KernelSpec) -> Any:
     make_known, wait_for_shares = shares_barrier(spec)
     arrive, publish, wait = cluster_functions(spec)
     work_of, part_of = work_function(spec), parts_function(spec)
-    start, (_, fill_ring) = starting_function(spec), ring_starters(spec)
-    find_factors, stage = factor_finder(spec), several_stager(spec)
+    start, (start_ring, fill_ring) = starting_function(spec), ring_starters(spec)
+    find_factors, stage = factor_finder(spec), several_stager(spec, start_ring)
     wait_for_table = earlier_copies_done(spec, spec.filled_first)
     sum_groups, walk = summer(spec), ring_walker(spec, item_multiplier(spec))
     send_shares, write_rows = share_sender(spec), writing_function(spec)
@@ -104,11 +104,12 @@ def several_kernel(spec: KernelSpec) -> Any:
             arrive()
             work, first = work_of(weight, plan)
             part = part_of(weight, plan, work.rank, slab)
-            start(weight, plan, work, part, first, slab, zeros)
+            if slab == 0:
+                start(weight, plan, work, zeros)
             wait()
             if slab == 0:
                 find_factors(weight, plan, x, step, count, work, zeros)
-            stage(weight, plan, x, step, count, work, part, slab, zeros)
+            stage(weight, plan, x, step, count, work, part, first, slab, zeros)
             wait_for_table()
             publish()
             fill_ring(weight, plan, work, part, first, zeros)
@@ -155,25 +156,20 @@ def shares_barrier(spec: KernelSpec) -> tuple[Any, Any]:
 
 
 def starting_function(spec: KernelSpec) -> Any:
-    """start(weight, plan, work, part, first, slab, zeros): what does not need x, and until x may be
-    read. What is needed first is asked for first."""
-    start_ring, _ = ring_starters(spec)
+    """start(weight, plan, work, zeros): what does not need x, and then until x may be read."""
     threads, warps_but_one, early = spec.threads, spec.warps - 1, spec.early
     slot_bytes, fill_table = FLOAT_BYTES * LANES * spec.unit.totals, table_filler(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def start(weight, plan, work, part, first, slab, zeros):
-        if slab == 0:
-            fill_table(weight, plan, work, zeros)
-            prefetch_targets(weight, plan, work)
-        start_ring(weight, plan, work, part, first, zeros)
-        if slab == 0:
-            slots = int32(zeros + FLOAT_BYTES * plan.slots)
-            end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
-            clear_shared_bytes(slots, end, work.thread, threads)
-            if early:
-                wait_for_dependencies()
-                let_dependents_start()
+    def start(weight, plan, work, zeros):
+        prefetch_targets(weight, plan, work)
+        fill_table(weight, plan, work, zeros)
+        slots = int32(zeros + FLOAT_BYTES * plan.slots)
+        end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
+        clear_shared_bytes(slots, end, work.thread, threads)
+        if early:
+            wait_for_dependencies()
+            let_dependents_start()
 
     @cuda.jit(device=True, forceinline=True)
     def prefetch_targets(weight, plan, work):

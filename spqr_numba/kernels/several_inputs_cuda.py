@@ -84,21 +84,21 @@ def cluster_functions(spec: KernelSpec) -> tuple[Any, Any, Any]:
     return arrive, arrive, wait
 
 
-def several_stager(spec: KernelSpec) -> Any:
-    """stage(weight, plan, x, step, count, work, part, slab, zeros): the block's share of a slab's
-    x', which it must publish.
+def several_stager(spec: KernelSpec, begin_copying: Any) -> Any:
+    """stage(weight, plan, x, step, count, work, part, first, slab, zeros): the block's share of a
+    slab's x', which it must publish; begin_copying: as for `scatterer`.
 
     x: address of fp16 or bf16 [count, columns], `step` bytes from row to row. From `count` on an
     input is like the last. When it begins the cluster's blocks must be done with the slab before.
     """
-    columns_of = columns_function(spec)
-    clear_padding, scatter = padding(spec), scatterer(spec)
+    columns_of, clear_padding = columns_function(spec), padding(spec)
+    scatter = scatterer(spec, begin_copying)
 
     @cuda.jit(device=True, forceinline=True)
-    def stage(weight, plan, x, step, count, work, part, slab, zeros):
-        first, end = columns_of(weight, part)
-        clear_padding(weight, plan, first, end, work.thread, zeros)
-        scatter(weight, plan, x, step, count, work, slab, zeros)
+    def stage(weight, plan, x, step, count, work, part, first, slab, zeros):
+        scatter(weight, plan, x, step, count, work, part, first, slab, zeros)
+        begin, end = columns_of(weight, part)
+        clear_padding(weight, plan, begin, end, work.thread, zeros)
 
     return stage
 
@@ -141,32 +141,49 @@ def place_function(spec: KernelSpec) -> Any:
 # --- From rows of x to columns
 
 
-def scatterer(spec: KernelSpec) -> Any:
-    """scatter(weight, plan, x, step, count, work, slab, zeros): the block's share of columns."""
-    threads, eights = spec.threads, spec.unit.inputs // AT_ONCE
-    load, put = pair_loader(spec.unit.inputs), pair_putter(spec)
+def scatterer(spec: KernelSpec, begin_copying: Any) -> Any:
+    """scatter(weight, plan, x, step, count, work, part, first, slab, zeros): the block's share of
+    columns. Behind the first loads of a thread begin_copying(weight, plan, work, part, first,
+    zeros) asks for much more, which would keep them waiting."""
+    threads, at_once = spec.threads, 2 * AT_ONCE // spec.unit.inputs
+    load, put = tasks_loader(spec), pair_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def scatter(weight, plan, x, step, count, work, slab, zeros):
+    def scatter(weight, plan, x, step, count, work, part, first, slab, zeros):
         begin = int32(work.rank * plan.pairs)
         own = int32(min(plan.pairs, ((weight.columns + 1) >> 1) - begin))
-        i = work.thread
+        i, also = work.thread, int32(work.thread + threads)
+        loaded = load(weight, x, step, count, begin, i, also)
+        begin_copying(weight, plan, work, part, first, zeros)
         while i < own:
-            column = int32(2 * (begin + i))
-            if eights == 1:  # two pairs, to wait for both together
-                other = int32(2 * (begin + min(i + threads, own - 1)))
-                words, targets = load(x, step, count, column), targets_of(weight, column)
-                others, behind = load(x, step, count, other), targets_of(weight, other)
-                put(weight, plan, slab, column, targets, words, zeros)
-                if i + threads < own:
-                    put(weight, plan, slab, other, behind, others, zeros)
-                i = int32(i + 2 * threads)
-            else:
-                words, targets = load(x, step, count, column), targets_of(weight, column)
-                put(weight, plan, slab, column, targets, words, zeros)
-                i = int32(i + threads)
+            put(weight, plan, slab, int32(begin + i), loaded[0], loaded[1], zeros)
+            if at_once == 2 and also < own:
+                put(weight, plan, slab, int32(begin + also), loaded[2], loaded[3], zeros)
+            i, also = int32(i + at_once * threads), int32(also + at_once * threads)
+            if i < own:
+                loaded = load(weight, x, step, count, begin, i, also)
 
     return scatter
+
+
+def tasks_loader(spec: KernelSpec) -> Any:
+    """load(weight, x, step, count, begin, i, also) -> words and targets of the i-th pair of columns
+    from `begin` on and, of eight inputs, of another, so that a thread waits for sixteen words."""
+    load_pair, two = pair_loader(spec.unit.inputs), spec.unit.inputs == AT_ONCE
+
+    @cuda.jit(device=True, forceinline=True)
+    def load_task(weight, x, step, count, pair):
+        column = int32(2 * min(pair, (weight.columns - 1) >> 1))
+        return load_pair(x, step, count, column), targets_of(weight, column)
+
+    @cuda.jit(device=True, forceinline=True)
+    def load(weight, x, step, count, begin, i, also):
+        task = load_task(weight, x, step, count, int32(begin + i))
+        if two:
+            return task + load_task(weight, x, step, count, int32(begin + also))
+        return task
+
+    return load
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -180,15 +197,15 @@ def targets_of(weight, column):
 
 
 def pair_putter(spec: KernelSpec) -> Any:
-    """put(weight, plan, slab, column, targets, words, zeros): two columns, as `pair_loader` loaded
+    """put(weight, plan, slab, pair, words, targets, zeros): two columns, as `tasks_loader` loaded
     them, to x'."""
     lower, upper = column_maker(spec, 0), column_maker(spec, 1)
     put_column = column_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def put(weight, plan, slab, column, targets, words, zeros):
+    def put(weight, plan, slab, pair, words, targets, zeros):
         put_column(weight, plan, slab, int32(targets & 0xFFFF), lower(words, zeros), zeros)
-        if column + 1 < weight.columns:
+        if 2 * pair + 1 < weight.columns:
             target = int32(targets >> 16 & 0xFFFF)
             put_column(weight, plan, slab, target, upper(words, zeros), zeros)
 
