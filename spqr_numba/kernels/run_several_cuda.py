@@ -1,8 +1,9 @@
 """What a warp does with a run of outliers (runs.py) and eight or sixteen inputs.
 
-Tensor cores multiply by them, 32 entries a step (outlier_several_cuda.py): first by all entries of
-the rows 0 to 7 of the tile, then by those of the others. Entries are read from where they were
-copied to in shared memory; those that did not fit there follow in their place.
+Tensor cores multiply by them, 32 entries a step (outlier_several_cuda.py): at a time so many of the
+rows 0 to 7 of the tile and as many of the others, since a step has to wait for itself a good while.
+Entries are read from where they were copied to in shared memory; those that did not fit there
+follow in their place.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def several_run_multiplier(spec: UnitSpec) -> Any:
     x_step: bytes to the next eight.
     """
     room = spec.bytes // WORD_BYTES - HEADER_WORDS
-    multiply_half, copy_rest = half_multiplier(spec), rest_copier(room)
+    multiply_some, copy_rest = halves_multiplier(spec), rest_copier(room)
     add_to_slot = half_adder(spec)
 
     @cuda.jit(device=True, forceinline=True)
@@ -54,9 +55,9 @@ def several_run_multiplier(spec: UnitSpec) -> Any:
             if first:
                 copy_rest(run, at, first, count, lane)
             behind = int32(min(count, first + room))
-            for half in range(2):
-                totals = multiply_half(at, first, behind, int32(half), x, x_step, lane)
-                add_to_slot(slot, int32(half), lane, totals)
+            lower, upper = multiply_some(at, first, behind, x, x_step, lane)
+            add_to_slot(slot, int32(0), lane, lower)
+            add_to_slot(slot, int32(1), lane, upper)
             first = int32(first + room)
 
     return multiply_run
@@ -68,25 +69,51 @@ def end_of_row(at, row):
     return int32(shared_uint16(int32(at + HALF_BYTES * row))) if row >= 0 else int32(0)
 
 
-def half_multiplier(spec: UnitSpec) -> Any:
-    """multiply_half(at, first, behind, half, x, x_step, lane) -> float32 [4], as `half_adder` takes
-    them: of the run's entries from `first` on, which lie at `at`, and before `behind`."""
-    multiply_entries, nothing = entries_multiplier(spec), (np.float32(0),) * 4
+def halves_multiplier(spec: UnitSpec) -> Any:
+    """multiply_some(at, first, behind, x, x_step, lane) -> two float32 [4], of rows 0 to 7 and of
+    the others, as `half_adder` takes them: of the run's entries from `first` on, which lie at `at`,
+    and before `behind`."""
+    multiply_step, nothing = step_multiplier(spec), (np.float32(0),) * 4
 
     @cuda.jit(device=True, forceinline=True)
-    def multiply_half(at, first, behind, half, x, x_step, lane):
-        row, totals = int32(ROWS * half + (lane >> 2)), nothing
-        begin, end = end_of_row(at, int32(row - 1)), int32(min(end_of_row(at, row), behind))
-        base = int32(max(first, end_of_row(at, int32(ROWS * half - 1))) & -4)
-        stop = int32(min(end_of_row(at, int32(ROWS * half + ROWS - 1)), behind))
-        while base < stop:
-            place = int32(at + HEADER_BYTES + WORD_BYTES * (base - first))
-            own = int32(begin - base), int32(end - base), int32(behind - base)
-            totals = multiply_entries(place, own, lane, x, x_step, totals)
-            base = int32(base + LANES)
-        return totals
+    def entries_of(at, row, behind):
+        return end_of_row(at, int32(row - 1)), int32(min(end_of_row(at, row), behind))
 
-    return multiply_half
+    @cuda.jit(device=True, forceinline=True)
+    def multiply_some(at, first, behind, x, x_step, lane):
+        own = entries_of(at, int32(lane >> 2), behind)
+        other = entries_of(at, int32(ROWS + (lane >> 2)), behind)
+        middle = end_of_row(at, int32(ROWS - 1))
+        start, stop = first, int32(min(middle, behind))
+        upper_start = int32(max(first, middle) & -4)
+        lower, upper = nothing, nothing
+        while start < stop or upper_start < behind:
+            lower = multiply_step(at, first, start, stop, behind, own, x, x_step, lane, lower)
+            upper = multiply_step(
+                at, first, upper_start, behind, behind, other, x, x_step, lane, upper
+            )
+            start, upper_start = int32(start + LANES), int32(upper_start + LANES)
+        return lower, upper
+
+    return multiply_some
+
+
+def step_multiplier(spec: UnitSpec) -> Any:
+    """multiply_step(at, first, start, stop, behind, own, x, x_step, lane, totals) -> totals, grown
+    by the entries of the lane's row among 32 from `start` on; by none if that is not before `stop`.
+    own: the row's first entry, and the end of its entries."""
+    multiply_entries = entries_multiplier(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def multiply_step(at, first, start, stop, behind, own, x, x_step, lane, totals):
+        begin, end = own
+        if start >= stop:  # what is read must be there, and nobody's
+            start, end = int32((behind - 1) & -4), begin
+        place = int32(at + HEADER_BYTES + WORD_BYTES * (start - first))
+        from_start = int32(begin - start), int32(end - start), int32(behind - start)
+        return multiply_entries(place, from_start, lane, x, x_step, totals)
+
+    return multiply_step
 
 
 def rest_copier(room: int) -> Any:
