@@ -143,33 +143,39 @@ def place_function(spec: KernelSpec) -> Any:
 
 def scatterer(spec: KernelSpec, begin_copying: Any) -> Any:
     """scatter(weight, plan, x, step, count, work, part, first, slab, zeros): the block's share of
-    columns. Behind the first loads of a thread begin_copying(weight, plan, work, part, first,
-    zeros) asks for much more, which would keep them waiting."""
+    columns. A thread has asked for what it takes next but one before it waits for what it takes;
+    and then begin_copying(weight, plan, work, part, first, zeros) asks for much more, which would
+    keep it waiting."""
     threads, at_once = spec.threads, 2 * AT_ONCE // spec.unit.inputs
-    load, put = tasks_loader(spec), pair_putter(spec)
+    load, put, turn = tasks_loader(spec), tasks_putter(spec), at_once * threads
 
     @cuda.jit(device=True, forceinline=True)
     def scatter(weight, plan, x, step, count, work, part, first, slab, zeros):
         begin = int32(work.rank * plan.pairs)
-        own = int32(min(plan.pairs, ((weight.columns + 1) >> 1) - begin))
-        i, also = work.thread, int32(work.thread + threads)
-        loaded = load(weight, x, step, count, begin, i, also)
+        end = int32(min(begin + plan.pairs, (weight.columns + 1) >> 1))
+        pair = int32(begin + work.thread)
+        loaded = load(weight, x, step, count, pair)
+        ahead = loaded
+        if pair + turn < end:
+            ahead = load(weight, x, step, count, int32(pair + turn))
         begin_copying(weight, plan, work, part, first, zeros)
-        while i < own:
-            put(weight, plan, slab, int32(begin + i), loaded[0], loaded[1], zeros)
-            if at_once == 2 and also < own:
-                put(weight, plan, slab, int32(begin + also), loaded[2], loaded[3], zeros)
-            i, also = int32(i + at_once * threads), int32(also + at_once * threads)
-            if i < own:
-                loaded = load(weight, x, step, count, begin, i, also)
+        while pair < end:
+            put(weight, plan, slab, pair, end, loaded, zeros)
+            pair, loaded = int32(pair + turn), ahead
+            if pair + turn < end:
+                ahead = load(weight, x, step, count, int32(pair + turn))
 
     return scatter
 
 
 def tasks_loader(spec: KernelSpec) -> Any:
-    """load(weight, x, step, count, begin, i, also) -> words and targets of the i-th pair of columns
-    from `begin` on and, of eight inputs, of another, so that a thread waits for sixteen words."""
-    load_pair, two = pair_loader(spec.unit.inputs), spec.unit.inputs == AT_ONCE
+    """load(weight, x, step, count, pair) -> words and targets of a pair of columns and, of eight
+    inputs, of that as many on as there are threads: sixteen words at a time."""
+    load_pair, two, threads = (
+        pair_loader(spec.unit.inputs),
+        spec.unit.inputs == AT_ONCE,
+        spec.threads,
+    )
 
     @cuda.jit(device=True, forceinline=True)
     def load_task(weight, x, step, count, pair):
@@ -177,13 +183,26 @@ def tasks_loader(spec: KernelSpec) -> Any:
         return load_pair(x, step, count, column), targets_of(weight, column)
 
     @cuda.jit(device=True, forceinline=True)
-    def load(weight, x, step, count, begin, i, also):
-        task = load_task(weight, x, step, count, int32(begin + i))
+    def load(weight, x, step, count, pair):
+        task = load_task(weight, x, step, count, pair)
         if two:
-            return task + load_task(weight, x, step, count, int32(begin + also))
+            return task + load_task(weight, x, step, count, int32(pair + threads))
         return task
 
     return load
+
+
+def tasks_putter(spec: KernelSpec) -> Any:
+    """put(weight, plan, slab, pair, end, loaded, zeros): what `tasks_loader` loaded, to x'."""
+    two, threads, put_pair = spec.unit.inputs == AT_ONCE, spec.threads, pair_putter(spec)
+
+    @cuda.jit(device=True, forceinline=True)
+    def put(weight, plan, slab, pair, end, loaded, zeros):
+        put_pair(weight, plan, slab, pair, loaded[0], loaded[1], zeros)
+        if two and pair + threads < end:
+            put_pair(weight, plan, slab, int32(pair + threads), loaded[2], loaded[3], zeros)
+
+    return put
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -197,19 +216,18 @@ def targets_of(weight, column):
 
 
 def pair_putter(spec: KernelSpec) -> Any:
-    """put(weight, plan, slab, pair, words, targets, zeros): two columns, as `tasks_loader` loaded
-    them, to x'."""
+    """put_pair(weight, plan, slab, pair, words, targets, zeros): two columns to x'."""
     lower, upper = column_maker(spec, 0), column_maker(spec, 1)
     put_column = column_putter(spec)
 
     @cuda.jit(device=True, forceinline=True)
-    def put(weight, plan, slab, pair, words, targets, zeros):
+    def put_pair(weight, plan, slab, pair, words, targets, zeros):
         put_column(weight, plan, slab, int32(targets & 0xFFFF), lower(words, zeros), zeros)
         if 2 * pair + 1 < weight.columns:
             target = int32(targets >> 16 & 0xFFFF)
             put_column(weight, plan, slab, target, upper(words, zeros), zeros)
 
-    return put
+    return put_pair
 
 
 def column_putter(spec: KernelSpec) -> Any:
