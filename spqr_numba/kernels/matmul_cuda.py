@@ -58,13 +58,14 @@ class Crew(NamedTuple):
     resident: int  # blocks that it has room for, the next product's included
 
 
-MORE = (Crew(8, 2, 2, 2),)
-SOME = Crew(10, 1, 2, 2), *MORE
-LITTLE = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
-MUCH = Crew(20, 2, 1, 1), Crew(16, 2, 1, 1)
+ONE_LARGE = (Crew(16, 2, 1, 1),)
+TWO_LONG = Crew(10, 1, 2, 2), Crew(8, 2, 2, 2)
+ROOM_FOR_NEXT = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
+TWO_FED = (Crew(8, 2, 2, 2),)
 ANYTHING = Crew(8, 1, 2, 2), Crew(8, 2, 1, 1), Crew(8, 1, 1, 1)
-LITTLE_TILES = 2  # of a multiprocessor; this and the next line are measured on an H200
-SOME_COLUMNS, MUCH_COLUMNS = 30_000, 50_000  # of all its tiles together
+FEW_TILES = 2  # of a multiprocessor; this and the next two lines are measured on an H200
+FEW_COLUMNS, SOME_COLUMNS = 25_000, 30_000  # of all its tiles together
+MANY_FED_COLUMNS = 50_000
 LARGE_GROUP = 48  # bits of codes: larger ones take more registers
 MOST_WARPS, MOST_WARPS_OF_LARGE = 20, 16  # of a multiprocessor, for whose registers there is room
 
@@ -199,21 +200,23 @@ def plans_of_one(
 
 
 def crews_of(unit: UnitSpec, tiles: int, columns: int, *, fed: bool = False) -> list[Crew]:
-    """For so many tiles to a multiprocessor. With few, what runs next already has a place beside
-    them; with many or wide ones, a large block stages x once, and its rings reach far ahead.
+    """For so many tiles to a multiprocessor. Mostly a large block, which stages x once. With few
+    tiles, what runs next already has a place beside them; and where two blocks share some evenly,
+    one is busy while the other begins or ends.
 
     Where x is made first (fed), the rings wait for longer, and so hold more from the beginning.
     """
-    crews: tuple[Crew, ...] = MORE
-    if tiles * columns >= MUCH_COLUMNS:
-        crews = MUCH
-    elif not fed and tiles <= LITTLE_TILES:
-        crews = LITTLE
-    elif not fed and tiles * columns < SOME_COLUMNS:
-        crews = SOME
+    work = tiles * columns
+    crews: tuple[Crew, ...] = ONE_LARGE
+    if fed and work < MANY_FED_COLUMNS:
+        crews = TWO_FED
+    elif not fed and tiles <= FEW_TILES and work < FEW_COLUMNS:
+        crews = ROOM_FOR_NEXT
+    elif not fed and tiles > FEW_TILES and tiles % 2 == 0 and work < SOME_COLUMNS:
+        crews = TWO_LONG
     large = unit.bits * unit.group_size > LARGE_GROUP
     most = MOST_WARPS_OF_LARGE if large else MOST_WARPS
-    return [crew for crew in (*crews, *ANYTHING) if crew.warps * crew.resident <= most]
+    return [crew for crew in (*crews, *ONE_LARGE, *ANYTHING) if crew.warps * crew.resident <= most]
 
 
 def plans_of_several(
@@ -244,8 +247,8 @@ def clusters_of(spec: KernelSpec, device: torch.device) -> int:
 def cost_of(planned: Planned) -> float:
     """How long a product takes, in microseconds of an H200, but for what all its plans have in
     common: a block's items, the columns that it stages, and what a cluster's blocks wait for each
-    other. Fitted to 82 plans of six shapes; since x' is staged before rings are full, what comes
-    first is within 3 % of the best of seven shapes' plans."""
+    other. Fitted to 82 plans of six shapes of a kernel before; what comes first is within 3 % of the
+    best of eight shapes' plans."""
     spec, plan, _ = planned
     tiles, units = plan.tiles + (plan.longer > 0), plan.units + (plan.wider > 0)
     item = 0.115 + 0.008 * spec.unit.inputs
