@@ -10,6 +10,8 @@ Source: PTX ISA, "mbarrier", "cp.async.bulk" and "async proxy".
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import types
 
 from .ptx import effect
@@ -23,6 +25,7 @@ __all__ = [
     "let_copy_engine_overwrite",
     "let_copy_engine_see",
     "make_barrier",
+    "wait_for_cluster_phase",
     "wait_for_phase",
 ]
 
@@ -44,7 +47,7 @@ let_copy_engine_see = effect(
     "let_copy_engine_see",
     "fence.mbarrier_init.release.cluster",
     (),
-    "Barriers that the thread has made, before a barrier of the block behind which they are used.",
+    "Barriers that the thread has made, before others, behind a barrier, or it itself use them.",
 )
 let_copy_engine_overwrite = effect(
     "let_copy_engine_overwrite",
@@ -70,10 +73,22 @@ bulk_copy = effect(
     (types.int32, types.int64, types.int32, types.int32),
     "Copy bytes from global to shared memory, both where 16 divides, and tell a barrier.",
 )
-wait_for_phase = effect(
-    "wait_for_phase",
-    "{ .reg .pred passed; again: mbarrier.try_wait.parity.shared::cta.b64 passed, [$0], $1;"
-    " @!passed bra again; }",
-    (types.int32, types.int32),
-    "Until a barrier has passed its phase of this parity.",
+
+
+def _waiter(name: str, scope: str, doc: str) -> Any:
+    """An intrinsic that waits for a phase of a barrier, which it makes known in a scope."""
+    text = (
+        f"{{ .reg .pred passed; again: mbarrier.try_wait.parity{scope}.shared::cta.b64"
+        " passed, [$0], $1; @!passed bra again; }"
+    )
+    return effect(name, text, (types.int32, types.int32), doc)
+
+
+wait_for_phase = _waiter(
+    "wait_for_phase", "", "Until a barrier has passed its phase of this parity."
+)
+wait_for_cluster_phase = _waiter(
+    "wait_for_cluster_phase",
+    ".acquire.cluster",
+    "Likewise, of a barrier that other blocks of the cluster have told something.",
 )

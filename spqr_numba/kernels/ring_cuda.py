@@ -143,7 +143,6 @@ def item_waiters(spec: KernelSpec) -> tuple[Any, Any]:
     """wait_for_item(at, turn): until all lanes may read it; turn: of the ring, 0 and 1 by turns.
     And leave_item(): its place may be filled again."""
     wait_for_copies, unit_bytes = copies_done(spec.stages - 1), spec.unit.bytes
-    written = spec.unit.inputs > 1  # unit_several_cuda.py leaves scales there
 
     @cuda.jit(device=True, forceinline=True)
     def wait_for_engine(at, turn):
@@ -151,8 +150,7 @@ def item_waiters(spec: KernelSpec) -> tuple[Any, Any]:
 
     @cuda.jit(device=True, forceinline=True)
     def leave_to_engine():
-        if written:
-            let_copy_engine_overwrite()
+        let_copy_engine_overwrite()  # the scales that unit_several_cuda.py has left there
         cuda.syncwarp()
 
     @cuda.jit(device=True, forceinline=True)

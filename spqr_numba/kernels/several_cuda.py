@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numba import types
 
-from .bulk_cuda import expect_bytes, let_copy_engine_see, make_barrier, wait_for_phase
+from .bulk_cuda import expect_bytes, let_copy_engine_see, make_barrier, wait_for_cluster_phase
 from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
 from .prepared import LANES, OCTET, UNIT_OCTETS
@@ -142,7 +142,7 @@ def shares_barrier(spec: KernelSpec) -> tuple[Any, Any]:
 
     @cuda.jit(device=True, forceinline=True)
     def wait_for_shares(zeros):
-        wait_for_phase(int32(zeros + SHARES_THERE), int32(0))
+        wait_for_cluster_phase(int32(zeros + SHARES_THERE), int32(0))
 
     @cuda.jit(device=True, forceinline=True)
     def nothing(zeros):

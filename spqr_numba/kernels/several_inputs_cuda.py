@@ -171,11 +171,7 @@ def scatterer(spec: KernelSpec, begin_copying: Any) -> Any:
 def tasks_loader(spec: KernelSpec) -> Any:
     """load(weight, x, step, count, pair) -> words and targets of a pair of columns and, of eight
     inputs, of that as many on as there are threads: sixteen words at a time."""
-    load_pair, two, threads = (
-        pair_loader(spec.unit.inputs),
-        spec.unit.inputs == AT_ONCE,
-        spec.threads,
-    )
+    inputs, threads, load_pair = spec.unit.inputs, spec.threads, pair_loader(spec.unit.inputs)
 
     @cuda.jit(device=True, forceinline=True)
     def load_task(weight, x, step, count, pair):
@@ -185,7 +181,7 @@ def tasks_loader(spec: KernelSpec) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def load(weight, x, step, count, pair):
         task = load_task(weight, x, step, count, pair)
-        if two:
+        if inputs == AT_ONCE:
             return task + load_task(weight, x, step, count, int32(pair + threads))
         return task
 

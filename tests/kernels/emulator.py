@@ -183,6 +183,7 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
             "expect_bytes": lambda at, count: here.block.barriers[int(at)].expect(int(count)),
             "bulk_copy": partial(bulk_copy, late),
             "wait_for_phase": wait_for_phase,
+            "wait_for_cluster_phase": wait_for_phase,
         },
         "unit_several_cuda": words_and_floats | {"pair_summer": pair_summer},
         "codes_cuda": {"i32": constants["i32"]},
@@ -582,6 +583,7 @@ def copy_ahead(late: bool, size: int, to: Any, source: Any) -> None:
     assert to % size == source % size == 0
     memory = here.block.memory
     assert 0 <= to <= len(memory) - size
+    assert_no_barrier(to, size)
 
     def copy() -> None:
         note(to, size, written=True)
@@ -688,11 +690,18 @@ def make_barrier(address: Any, count: Any) -> None:
     here.block.barriers[int(address)] = Phases(int(count))
 
 
+def assert_no_barrier(to: Any, count: Any) -> None:
+    """Nothing else lies where one is."""
+    places = list(here.block.barriers)  # at once: other threads make and forget theirs
+    assert not any(to - BARRIER_BYTES < place < to + count for place in places)
+
+
 def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> None:
     """bulk_cuda.bulk_copy: now, or when the barrier is waited for."""
     assert int(to) % LOAD_BYTES == int(source) % LOAD_BYTES == int(count) % LOAD_BYTES == 0
     memory, phases = here.block.memory, here.block.barriers[int(barrier)]
     assert 0 <= to <= len(memory) - count
+    assert_no_barrier(to, count)
 
     def happen() -> None:
         note(to, int(count), written=True)

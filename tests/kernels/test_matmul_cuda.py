@@ -55,6 +55,7 @@ CASES: dict[str, tuple[int, int, dict[str, int], Any, bool]] = {
     "long": (48, 28672, {}, 290, True),
     "many units": (20, 6500, GROUP_8, 2, True),
     "tall": (9000, 64, {}, 1, True),
+    "long runs": (20, 2100, {}, 70, True),
 }
 
 
@@ -227,12 +228,17 @@ def test_who_comes_first(
 @pytest.mark.parametrize("rows", [16, 112, 1000])
 @pytest.mark.parametrize("inputs", [1, 8, 16])
 def test_room_for_the_table_of_runs(inputs: int, rows: int, columns: int) -> None:
-    """Each block's, between the slots and the rings."""
+    """Each block's, between the slots and the rings; and for what lies before the slots."""
     weight = prepare(random_matrix(make_spec(rows, columns), 3, permuted=True))
     with emulated("early") as room:
         for spec, plan, grid in room.plans(weight, torch.float16, inputs):
             tiles = -(-weight.tiles * spec.ranks // grid)
             words = tiles * segments_of(weight.spec) + 1
+            if inputs > 1:
+                sums = inputs * plan.columns // weight.spec.group_size
+                shares = -(-tiles // spec.ranks) * spec.ranks * room.slot_floats(spec)
+                assert plan.sums + sums <= plan.slots
+                assert room.INPUTS_BEGIN + 4 * shares <= 4 * plan.slots
             slots = (tiles + spec.warps - 1) * room.slot_floats(spec)
             assert plan.slots + slots <= plan.starts
             assert 4 * (plan.starts + words) <= plan.ring
@@ -306,6 +312,7 @@ def give_rings(room: ModuleType, ring: tuple[int, int], ranks: int) -> None:
         ("2 bit", 2, torch.float16, "early", (4, 2), 2),
         ("many units", 5, torch.float16, "late", (4, 3), 4),
         ("many units", 16, torch.float16, "early", (4, 2), 2),
+        ("long runs", 3, torch.float16, "late", (4, 2), 1),
     ],
     ids=str,
 )
@@ -322,26 +329,33 @@ def test_clusters_emulated(
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype", "ranks", "slabs"),
+    ("batch", "dtype", "ranks", "slabs", "arrival"),
     [
-        (1, torch.float16, 1, 1),
-        (1, torch.bfloat16, 1, 1),
-        (2, torch.float16, 1, 1),
-        (2, torch.bfloat16, 2, 1),
-        (9, torch.float16, 2, 1),
-        (2, torch.float16, 2, 2),
+        (1, torch.float16, 1, 1, "late"),
+        (1, torch.bfloat16, 1, 1, "late"),
+        (2, torch.float16, 1, 1, "late"),
+        (2, torch.bfloat16, 2, 1, "late"),
+        (9, torch.float16, 2, 1, "early"),
+        (2, torch.float16, 2, 2, "late"),
+        (2, torch.float16, 2, 2, "early"),
     ],
     ids=str,
 )
 def test_warps_meet_in_order(
-    batch: int, dtype: torch.dtype, ranks: int, slabs: int, monkeypatch: pytest.MonkeyPatch
+    batch: int,
+    dtype: torch.dtype,
+    ranks: int,
+    slabs: int,
+    arrival: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a warp has written in shared memory another reads behind a barrier that makes it known,
-    and what it has read another overwrites behind a barrier; so in other blocks of the cluster."""
+    and what it has read another overwrites behind a barrier; so in other blocks of the cluster,
+    where what is sent "early" is there before anybody waits for it."""
     outliers = 2 if slabs == 1 else None  # a run of which needs more columns than a slab would have
     matrix = random_matrix(make_spec(20, 1100, **GROUP_8), outliers, permuted=True)
     x = make_x(batch, matrix.spec.in_features, dtype=dtype)
-    with emulated("late", watched=True) as room:
+    with emulated(arrival, watched=True) as room:
         give_rings(room, (6 if slabs == 1 else 2, 2), ranks)
         if slabs > 1:
             monkeypatch.setattr(room, "shared_memory", lambda device: 24 * 1024)
