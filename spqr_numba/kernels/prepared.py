@@ -10,11 +10,12 @@ rows g and g + 8, and of each *octet* (8 groups side by side) the groups t and t
 So the sixteen code pairs of quarter q that a lane owns in a block are its operands of four
 mma.m16n8k16, in the order (octet, group t or t + 4, p, row g or g + 8). `pack_pairs` puts them into
 `bits` words, the lower column in the lower half of a word; the four quarters' words of one number
-lie side by side, which is one 16-byte load a lane, 512 bytes a warp. Of these the lanes' loads lie
-as `place_of_lane` says: so neither a lane's own load nor a word of one load a row meets a bank of
-shared memory twice, wherever a record is copied to as it is. Scale and zero codes take the
-same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1, four
-octets together, which are one *unit*. A tile's unit is one record: its blocks, then its statistics.
+lie side by side, which is one 16-byte load a lane, 512 bytes a warp, in the order of
+`place_of_lane`: in shared memory neither the lanes' own loads nor a word of one load of each row
+meet a bank twice, and eight lanes side by side copy a line of 128 bytes. Scale and zero codes take
+the same form: sixteen pairs (octet, row g or g + 8, scale or zero) of the groups 2t and 2t + 1,
+four octets together, which are one *unit*. A tile's unit is one record: its blocks, then its
+statistics.
 
     buffer        dtype  shape                                 instead of
     records       int32  [tiles, units, words]                 codes, scale_codes, zero_codes
@@ -213,8 +214,8 @@ def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
 
 def place_of_lane(lane: int) -> int:
     """Which of a warp's 32 loads of codes is a lane's."""
-    t = lane & 3
-    return t * OCTET + (lane >> 2 ^ 2 * t)
+    eight, row, t = lane >> 3, lane >> 2 & 1, lane & 3
+    return eight << 3 | (t ^ eight) << 1 | row
 
 
 def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:

@@ -163,11 +163,14 @@ class Unit:
         """value * factor."""
         return self.builder.mul(value, i32(factor))
 
-    def load_of(self, quad_lane: ir.Value) -> ir.Value:
-        """Bytes from a block's first codes to those of a lane of the own row (`place_of_lane`)."""
-        row = self.builder.lshr(self.lane, i32(2))
-        row = self.builder.xor(row, self.times(quad_lane, 2))
-        return self.times(self.builder.add(self.times(quad_lane, OCTET), row), LOAD_BYTES)
+    def load_of(self, t: ir.Value) -> ir.Value:
+        """Bytes from a block's first codes to those of the lane t of the own row
+        (`place_of_lane`)."""
+        eight = self.builder.lshr(self.lane, i32(3))
+        row = self.builder.and_(self.builder.lshr(self.lane, i32(2)), i32(1))
+        place = self.builder.add(self.times(eight, OCTET), row)
+        place = self.builder.add(place, self.times(self.builder.xor(t, eight), 2))
+        return self.times(place, LOAD_BYTES)
 
     def add_to(self, totals: list[ir.Value]) -> list[ir.Value]:
         """The totals with this unit's products added."""

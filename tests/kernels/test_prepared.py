@@ -9,7 +9,13 @@ import torch
 
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import InputError
-from spqr_numba.kernels.prepared import can_prepare, pack_pairs, prepare, unpack_pairs
+from spqr_numba.kernels.prepared import (
+    can_prepare,
+    pack_pairs,
+    place_of_lane,
+    prepare,
+    unpack_pairs,
+)
 from tests.problems import make_spec
 
 CASES: dict[str, tuple[int, int, dict[str, int]]] = {
@@ -77,3 +83,16 @@ def test_pairs_fill_the_words(bits: int) -> None:
     """All codes at their largest set every bit but those that 16 pairs leave over."""
     codes = torch.full((16, 1, 2), 2**bits - 1, dtype=torch.uint8)
     assert [int(word) for word in pack_pairs(codes, bits)[:, 0]] == [-1] * bits
+
+
+def test_no_bank_is_met_twice() -> None:
+    """Shared memory has 32 banks of four bytes, and serves eight lanes at a time with 16 each."""
+    places = [place_of_lane(lane) for lane in range(32)]
+    assert sorted(places) == list(range(32))
+    for eight in range(0, 32, 8):
+        own = places[eight : eight + 8]
+        assert len({place % 8 for place in own}) == 8
+        assert len({place // 8 for place in own}) == 1  # one line of global memory
+    for t in range(4):  # the lane t of each row has a load of which the row's four read a word each
+        banks = {4 * places[4 * g + t] % 32 + word for g in range(8) for word in range(4)}
+        assert len(banks) == 32
