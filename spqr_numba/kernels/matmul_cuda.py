@@ -59,7 +59,7 @@ class Crew(NamedTuple):
 
 
 ONE_LARGE = (Crew(16, 2, 1, 1),)
-TWO_LONG = Crew(10, 1, 2, 2), Crew(8, 2, 2, 2)
+TWO_SHARING = Crew(10, 1, 2, 2), Crew(8, 2, 2, 2)
 ROOM_FOR_NEXT = Crew(10, 2, 1, 2), Crew(8, 2, 1, 2)
 TWO_FED = (Crew(8, 2, 2, 2),)
 ANYTHING = Crew(8, 1, 2, 2), Crew(8, 2, 1, 1), Crew(8, 1, 1, 1)
@@ -213,7 +213,7 @@ def crews_of(unit: UnitSpec, tiles: int, columns: int, *, fed: bool = False) -> 
     elif not fed and tiles <= FEW_TILES and work < FEW_COLUMNS:
         crews = ROOM_FOR_NEXT
     elif not fed and tiles > FEW_TILES and tiles % 2 == 0 and work < SOME_COLUMNS:
-        crews = TWO_LONG
+        crews = TWO_SHARING
     large = unit.bits * unit.group_size > LARGE_GROUP
     most = MOST_WARPS_OF_LARGE if large else MOST_WARPS
     return [crew for crew in (*crews, *ONE_LARGE, *ANYTHING) if crew.warps * crew.resident <= most]
