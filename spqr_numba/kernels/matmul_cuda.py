@@ -248,7 +248,7 @@ def cost_of(planned: Planned) -> float:
     """How long a product takes, in microseconds of an H200, but for what all its plans have in
     common: a block's items, the columns that it stages, and what a cluster's blocks wait for each
     other. Fitted to 82 plans of six shapes, when it took longer; what comes first is still within
-    2 % of the best of eight shapes' plans."""
+    3 % of the best of eight shapes' plans."""
     spec, plan, _ = planned
     tiles, units = plan.tiles + (plan.longer > 0), plan.units + (plan.wider > 0)
     item = 0.115 + 0.008 * spec.unit.inputs
