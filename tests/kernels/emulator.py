@@ -1,7 +1,8 @@
 """A GPU made of threads and NumPy, which runs the product's kernels where there is none.
 
-A kernel's Python is run as it stands, by as many threads as a block has. What PTX would do is here
-in NumPy: the lanes of a warp meet where they execute something together, and one of them does it on
+A kernel's Python is run as it stands, by as many threads as a block has: greenlets, of which one
+runs until it has to wait, and then another that may go on, by lot. What PTX would do is here in
+NumPy: the lanes of a warp meet where they execute something together, and one of them does it on
 arrays of 32. Shared memory is as large as was asked for, and full of NaN at first. Copies ahead
 arrive, and products of tensor cores happen, at either end of what a GPU may do: at once ("early"),
 or not until they are waited for ("late"). And watched, a block finds where warps meet in its shared
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from greenlet import greenlet
 
 __all__ = ["emulated"]
 
@@ -53,8 +55,24 @@ LOAD_BYTES = 16
 BARRIER_BYTES = 8
 WORD, FLOAT, HALF = np.uint32, np.float32, np.float16
 WATCHED = False  # whether blocks have a Watch
-WRITING = threading.Lock()
-here = threading.local()  # the running thread: its block, warp, copies, and barriers that it passed
+
+
+class Thread(greenlet):
+    """One of a block's threads: its block, warp, copies, and barriers that it passed."""
+
+    block: Block
+    number: int
+    warp: Meeting
+    warpgroup: Meeting
+    copies: list[list[Callable[[], None]]]
+    passed: int
+    arrived: int
+    waited: int
+    published: int
+    seen: dict[int, int]
+
+
+here: Thread  # the running one
 
 
 @contextmanager
@@ -193,11 +211,56 @@ def replacements(*, late: bool) -> dict[str, dict[str, Any]]:
 # --- Blocks, threads, and what they do together
 
 
+class Barrier:
+    """Where some threads wait for each other; the last to come does something before they go on."""
+
+    def __init__(self, threads: int, act: Callable[[], None] = lambda: None) -> None:
+        self.threads, self.act = threads, act
+        self.waiting: list[Thread] = []
+
+    def wait(self) -> None:
+        """Until all have come."""
+        self.waiting.append(here)
+        if len(self.waiting) == self.threads:
+            self.act()
+            let_run(self.waiting)
+        let_others_run()
+
+
+READY: list[Thread] = []  # may go on
+
+
+def let_run(waiting: list[Thread]) -> None:
+    """Threads that wait may go on; nobody waits then."""
+    READY.extend(waiting)
+    waiting.clear()
+
+
+def let_others_run() -> None:
+    """Until somebody lets this thread run."""
+    assert here.parent is not None
+    here.parent.switch()
+
+
+def run_all(threads: list[Thread]) -> None:
+    """To their end. Raises what a thread raises, or AssertionError where all that are left wait."""
+    global here
+    lot = random.Random(len(threads))
+    READY[:] = threads
+    while READY:
+        chosen = lot.randrange(len(READY))
+        READY[chosen], READY[-1] = READY[-1], READY[chosen]
+        here = READY.pop()
+        here.switch()
+    left = [thread.number for thread in threads if not thread.dead]
+    assert not left, f"threads {left} wait for what never comes"
+
+
 class Cluster:
     """Blocks that run together, and where all their threads wait for each other."""
 
     def __init__(self, indices: range, grid: int, threads: int, shared_bytes: int) -> None:
-        self.barrier = threading.Barrier(len(indices) * threads)
+        self.barrier = Barrier(len(indices) * threads)
         self.published: dict[int, bool] = {}  # whether the arrival makes known what was written
         self.blocks = [Block(index, grid, threads, shared_bytes) for index in indices]
         for block in self.blocks:
@@ -214,7 +277,7 @@ class Block:
         self.memory = np.full(shared_bytes, 0xFF, np.uint8)
         self.arrays: dict[Any, np.ndarray] = {}
         self.barriers: dict[int, Phases] = {}
-        self.barrier = threading.Barrier(threads)
+        self.barrier = Barrier(threads)
         self.watch = Watch(shared_bytes) if WATCHED else None
         self.warps = [Meeting(LANES) for _ in range(threads // LANES)]
         self.warpgroups = [Meeting(WARPGROUP) for _ in range(0, threads, WARPGROUP)]
@@ -224,7 +287,7 @@ class Meeting:
     """Where the threads of a warp, or of a warpgroup, meet."""
 
     def __init__(self, threads: int) -> None:
-        self.barrier = threading.Barrier(threads, self.act)
+        self.barrier = Barrier(threads, self.act)
         self.given: list[Any] = [None] * threads
         self.function: Callable[[list[Any]], Any] = list
         self.results: Any = None
@@ -347,37 +410,28 @@ class Launcher:
 
     def run_cluster(self, cluster: Cluster, arguments: list[Any]) -> None:
         """Raises what a thread raised."""
-        errors: list[BaseException] = []
-        threads = [
-            threading.Thread(target=self.run_thread, args=(block, number, arguments, errors))
-            for block in cluster.blocks
-            for number in range(self.threads)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        first = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-        if first:
-            raise first[0]
+        run_all(
+            [
+                self.thread_of(block, number, arguments)
+                for block in cluster.blocks
+                for number in range(self.threads)
+            ]
+        )
 
-    def run_thread(self, block: Block, number: int, arguments: list[Any], errors: list) -> None:
-        """One thread, from start to end; an error lets none of the others wait for it."""
-        here.block, here.number = block, number
-        here.warp, here.copies = block.warps[number // LANES], [[]]
-        here.warpgroup = block.warpgroups[number // WARPGROUP]
-        here.passed = here.arrived = here.waited = here.published = 0
-        here.seen = {}
-        try:
+    def thread_of(self, block: Block, number: int, arguments: list[Any]) -> Thread:
+        """One thread, that has yet to begin."""
+
+        def run() -> None:
             with np.errstate(all="ignore"):
                 self.kernel(*arguments)
-        except BaseException as error:  # a thread has nobody to raise it to
-            errors.append(error)
-            for other in block.cluster.blocks:
-                for meeting in (block.cluster, other, *other.warps, *other.warpgroups):
-                    meeting.barrier.abort()
-                for phases in list(other.barriers.values()):
-                    phases.abort()
+
+        thread = Thread(run)
+        thread.block, thread.number = block, number
+        thread.warp, thread.copies = block.warps[number // LANES], [[]]
+        thread.warpgroup = block.warpgroups[number // WARPGROUP]
+        thread.passed = thread.arrived = thread.waited = thread.published = 0
+        thread.seen = {}
+        return thread
 
 
 class Cuda:
@@ -519,11 +573,10 @@ def to_shared(dtype: Any, address: Any, value: Any) -> None:
     block, place, size = place_in_shared(dtype, address)
     new = np.empty(1, dtype)
     new[0] = value
-    with WRITING:
-        there = block.memory[place : place + size]
-        if (there != new.view(np.uint8)).any():
-            note(place, size, written=True, block=block)
-        there[:] = new.view(np.uint8)
+    there = block.memory[place : place + size]
+    if (there != new.view(np.uint8)).any():
+        note(place, size, written=True, block=block)
+    there[:] = new.view(np.uint8)
 
 
 def to_shared_load(address: Any, *words: Any) -> None:
@@ -628,60 +681,47 @@ class Phases:
 
     def __init__(self, count: int) -> None:
         self.count = self.missing = count
-        self.bytes, self.parity, self.aborted = 0, 0, False
-        self.passed = 0  # phases
+        self.bytes = self.parity = self.passed = 0
         self.copies: list[Callable[[], None]] = []  # that are late
-        self.changed = threading.Condition(threading.RLock())
+        self.waiting: list[Thread] = []
 
     def arrive(self, expected: int = 0) -> None:
         """One thread, which lets the barrier wait for so many bytes."""
-        with self.changed:
-            self.bytes += expected
-            self.missing -= 1
-            assert self.missing >= 0
-            self.pass_if_complete()
+        self.bytes += expected
+        self.missing -= 1
+        assert self.missing >= 0
+        self.pass_if_complete()
 
     expect = arrive
 
     def receive(self, count: int) -> None:
         """Bytes that have arrived."""
-        with self.changed:
-            self.bytes -= count
-            self.pass_if_complete()
+        self.bytes -= count
+        self.pass_if_complete()
 
     def pass_if_complete(self) -> None:
         """To the next phase."""
         if self.missing == self.bytes == 0:
             self.missing, self.parity = self.count, 1 - self.parity
             self.passed += 1
-            self.changed.notify_all()
+            let_run(self.waiting)
 
     def have(self, copy: Callable[[], None], *, late: bool) -> None:
         """A copy, of which the barrier will be told."""
-        if not late:
-            copy()
-            return
-        with self.changed:
+        if late:
             self.copies.append(copy)
-            self.changed.notify_all()
+            let_run(self.waiting)
+        else:
+            copy()
 
     def wait(self, parity: int) -> None:
         """Until the phase of this parity has passed; by then late copies must be there."""
-        with self.changed:
-            while self.parity == parity:
-                while self.copies:
-                    self.copies.pop(0)()
-                if self.parity == parity:
-                    self.changed.wait()
-                if self.aborted:
-                    raise threading.BrokenBarrierError
-
-    def abort(self) -> None:
-        """Let nobody wait any longer."""
-        with self.changed:
-            self.aborted = True
-            self.parity = 2  # neither of the two
-            self.changed.notify_all()
+        while self.parity == parity:
+            while self.copies:
+                self.copies.pop(0)()
+            if self.parity == parity:
+                self.waiting.append(here)
+                let_others_run()
 
 
 def make_barrier(address: Any, count: Any) -> None:
@@ -692,8 +732,7 @@ def make_barrier(address: Any, count: Any) -> None:
 
 def assert_no_barrier(to: Any, count: Any) -> None:
     """Nothing else lies where one is."""
-    places = list(here.block.barriers)  # at once: other threads make and forget theirs
-    assert not any(to - BARRIER_BYTES < place < to + count for place in places)
+    assert not any(to - BARRIER_BYTES < place < to + count for place in here.block.barriers)
 
 
 def bulk_copy(late: bool, to: Any, source: Any, count: Any, barrier: Any) -> None:
