@@ -264,7 +264,7 @@ def shared_bytes(spec: KernelSpec, plan: Plan) -> int:
 
 def slot_floats(spec: KernelSpec) -> int:
     """A warp's share of a tile."""
-    return LANES * spec.unit.totals
+    return spec.slot_bytes // FLOAT_BYTES
 
 
 def plan_of_one(weight: PreparedMatrix, spec: KernelSpec, grid: int) -> Plan:

@@ -28,7 +28,7 @@ from numba import types
 
 from .codes_cuda import SUBNORMAL_UNIT
 from .launch import numba_cuda
-from .prepared import ALL_LANES, LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
+from .prepared import ALL_LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import (
     let_dependents_start,
     load_uint16,
@@ -57,6 +57,7 @@ from .stream_cuda import (
     clear_shared_bytes,
     known_run,
     parts_function,
+    slots_clearer,
     stretches_function,
     table_filler,
     work_function,
@@ -119,15 +120,12 @@ def product_kernel(spec: KernelSpec) -> Any:
 
 def starting_function(spec: KernelSpec) -> Any:
     """start(weight, plan, work, beside, zeros): what depends neither on x nor on the ring."""
-    threads, warps_but_one, norms = spec.threads, spec.warps - 1, spec.feed == NORM
-    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
+    threads, norms, clear_slots = spec.threads, spec.feed == NORM, slots_clearer(spec)
     clear_padding, fill_table = padding_function(spec), table_filler(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def start(weight, plan, work, beside, zeros):
-        slots = int32(zeros + FLOAT_BYTES * plan.slots)
-        end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
-        clear_shared_bytes(slots, end, work.thread, threads)
+        clear_slots(plan, work, zeros)
         clear_shared_bytes(zeros, int32(zeros + HALF_BYTES * ZERO_HALVES), work.thread, threads)
         clear_padding(weight, work.thread, zeros)
         fill_table(weight, plan, work, zeros)
@@ -169,7 +167,7 @@ def sums_putter(spec: KernelSpec) -> Any:
 
 def item_multiplier(spec: KernelSpec) -> Any:
     """multiply(...): what a warp does with an item that lies at `at`; the sums go to its slot."""
-    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
+    slot_bytes = spec.slot_bytes
     lane_bytes, zero = FLOAT_BYTES * spec.unit.totals, (np.float32(0),) * spec.unit.totals
     multiply_unit, places_of = unit_multiplier(spec.unit, UnitOfOne), unit_places(spec)
     multiply_run = run_multiplier(spec.unit)
@@ -254,7 +252,7 @@ def share_summer(spec: KernelSpec) -> Any:
     Only the warps that have met the tile: another's slot may be that of another tile.
     """
     warps, lane_bytes = spec.warps, FLOAT_BYTES * spec.unit.totals
-    slot_bytes, first_item_of = LANES * lane_bytes, stretches_function(spec)
+    slot_bytes, first_item_of = spec.slot_bytes, stretches_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def sum_shares(plan, work, zeros, tile, row, lane):

@@ -65,9 +65,9 @@ from .stream_cuda import (
     PLAN,
     WEIGHT,
     KernelSpec,
-    clear_shared_bytes,
     known_run,
     parts_function,
+    slots_clearer,
     table_filler,
     work_function,
 )
@@ -157,16 +157,14 @@ def shares_barrier(spec: KernelSpec) -> tuple[Any, Any]:
 
 def starting_function(spec: KernelSpec) -> Any:
     """start(weight, plan, work, zeros): what does not need x, and then until x may be read."""
-    threads, warps_but_one, early = spec.threads, spec.warps - 1, spec.early
-    slot_bytes, fill_table = FLOAT_BYTES * LANES * spec.unit.totals, table_filler(spec)
+    threads, early = spec.threads, spec.early
+    fill_table, clear_slots = table_filler(spec), slots_clearer(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def start(weight, plan, work, zeros):
         prefetch_targets(weight, plan, work)
         fill_table(weight, plan, work, zeros)
-        slots = int32(zeros + FLOAT_BYTES * plan.slots)
-        end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
-        clear_shared_bytes(slots, end, work.thread, threads)
+        clear_slots(plan, work, zeros)
         if early:
             wait_for_dependencies()
             let_dependents_start()
@@ -187,7 +185,7 @@ def starting_function(spec: KernelSpec) -> Any:
 
 def item_multiplier(spec: KernelSpec) -> Any:
     """multiply(...): what a warp does with an item that lies at `at`; the sums go to its slot."""
-    slot_bytes = FLOAT_BYTES * LANES * spec.unit.totals
+    slot_bytes = spec.slot_bytes
     lane_bytes, zero = FLOAT_BYTES * spec.unit.totals, (np.float32(0),) * spec.unit.totals
     multiply_unit, places_of = unit_multiplier(spec.unit, UnitOfSeveral), unit_places(spec)
     multiply_run, columns = several_run_multiplier(spec.unit), spec.unit.columns
@@ -237,7 +235,34 @@ def unit_places(spec: KernelSpec) -> Any:
 
 def tile_loads(spec: KernelSpec) -> int:
     """Loads of 16 bytes that a tile's totals take."""
-    return LANES * spec.unit.totals * FLOAT_BYTES // LOAD_BYTES
+    return spec.slot_bytes // LOAD_BYTES
+
+
+def own_tiles_function(spec: KernelSpec) -> Any:
+    """own_tiles(work) -> how many of the cluster's tiles are the block's: each `ranks`-th."""
+    ranks, divide_by_ranks = spec.ranks, divider(spec.ranks)
+
+    @cuda.jit(device=True, forceinline=True)
+    def own_tiles(work):
+        return divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
+
+    return own_tiles
+
+
+def slots_summer(spec: KernelSpec) -> Any:
+    """sum_slots(at, more) -> the sum of four totals and of the same in so many slots behind."""
+    slot_bytes = spec.slot_bytes
+
+    @cuda.jit(device=True, forceinline=True)
+    def sum_slots(at, more):
+        a, b, c, d = four_floats(at)
+        for _ in range(more):
+            at = int32(at + slot_bytes)
+            e, f, g, h = four_floats(at)
+            a, b, c, d = a + e, b + f, c + g, d + h
+        return a, b, c, d
+
+    return sum_slots
 
 
 def share_sender(spec: KernelSpec) -> Any:
@@ -245,35 +270,26 @@ def share_sender(spec: KernelSpec) -> Any:
 
     A tile's items are those of some warps side by side; of others between them the slot is empty.
     """
-    warps, ranks, loads = spec.warps, spec.ranks, tile_loads(spec)
-    slot_bytes, send, divide_by_ranks = LOAD_BYTES * loads, share_putter(spec), divider(ranks)
+    warps, ranks, loads, slot_bytes = spec.warps, spec.ranks, tile_loads(spec), spec.slot_bytes
+    send, sum_slots, own_tiles = share_putter(spec), slots_summer(spec), own_tiles_function(spec)
 
     @cuda.jit(device=True, forceinline=True)
     def warp_of(item, items):
         return divide(int32((item + 1) * warps - 1), items)
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_of(slot, more):
-        a, b, c, d = four_floats(slot)
-        for _ in range(more):
-            slot = int32(slot + slot_bytes)
-            e, f, g, h = four_floats(slot)
-            a, b, c, d = a + e, b + f, c + g, d + h
-        return a, b, c, d
-
-    @cuda.jit(device=True, forceinline=True)
     def send_shares(plan, work, zeros):
         items, tile = int32(work.tiles * work.places), work.warp
         if ranks > 1 and work.thread == 0:
-            own = divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
-            expect_bytes(int32(zeros + SHARES_THERE), int32(own * ranks * slot_bytes))
+            expected = int32(own_tiles(work) * ranks * slot_bytes)
+            expect_bytes(int32(zeros + SHARES_THERE), expected)
         while tile < work.tiles:
             warp = warp_of(int32(tile * work.places), items)
             more = int32(warp_of(int32((tile + 1) * work.places - 1), items) - warp)
             slot = int32(zeros + FLOAT_BYTES * plan.slots + (tile + warp) * slot_bytes)
             for first in range(0, loads, LANES):
                 load = int32(first + work.lane)
-                send(work, tile, load, sum_of(int32(slot + LOAD_BYTES * load), more), zeros)
+                send(work, tile, load, sum_slots(int32(slot + LOAD_BYTES * load), more), zeros)
             tile = int32(tile + warps)
 
     return send_shares
@@ -300,19 +316,21 @@ def share_putter(spec: KernelSpec) -> Any:
 def writing_function(spec: KernelSpec) -> Any:
     """write_rows(...): the sum of all blocks' shares of the block's tiles, and the bias, to y."""
     threads, ranks, eights = spec.threads, spec.ranks, spec.unit.inputs // AT_ONCE
-    loads, put, sum_shares = tile_loads(spec), total_putter(spec), share_summer(spec)
-    divide_by_ranks, divide_by_loads, divide_by_eights = map(divider, (ranks, loads, eights))
+    loads, put, sum_slots = tile_loads(spec), total_putter(spec), slots_summer(spec)
+    divide_by_loads, divide_by_eights = divider(loads), divider(eights)
+    own_tiles, slot_bytes = own_tiles_function(spec), spec.slot_bytes
 
     @cuda.jit(device=True, forceinline=True)
     def write_rows(weight, plan, work, zeros, y, bias, count):
-        i, tiles = work.thread, divide_by_ranks(int32(work.tiles + ranks - 1 - work.rank))
+        i, tiles = work.thread, own_tiles(work)
         while i < tiles * loads:
             turn = divide_by_loads(i)
             load = int32(i - turn * loads)
             lane, tile = divide_by_eights(load), int32(turn * ranks + work.rank)
             row = int32((work.first_tile + tile) * TILE_ROWS + (lane >> 2))
             own = int32((load - lane * eights) * AT_ONCE + 2 * (lane & 3))
-            a, b, c, d = sum_shares(turn, load, zeros)
+            at = int32(zeros + INPUTS_BEGIN + turn * ranks * slot_bytes + LOAD_BYTES * load)
+            a, b, c, d = sum_slots(at, ranks - 1)
             put(weight, row, own, a, zeros, y, bias, count)
             put(weight, row, int32(own + 1), b, zeros, y, bias, count)
             put(weight, int32(row + 8), own, c, zeros, y, bias, count)
@@ -320,23 +338,6 @@ def writing_function(spec: KernelSpec) -> Any:
             i = int32(i + threads)
 
     return write_rows
-
-
-def share_summer(spec: KernelSpec) -> Any:
-    """sum_shares(turn, load, zeros) -> four totals of the block's `turn`-th tile
-    (unit_several_cuda.py)."""
-    ranks, step = spec.ranks, LOAD_BYTES * tile_loads(spec)
-
-    @cuda.jit(device=True, forceinline=True)
-    def sum_shares(turn, load, zeros):
-        place = int32(zeros + INPUTS_BEGIN + turn * ranks * step + LOAD_BYTES * load)
-        a, b, c, d = four_floats(place)
-        for rank in range(1, ranks):
-            e, f, g, h = four_floats(int32(place + rank * step))
-            a, b, c, d = a + e, b + f, c + g, d + h
-        return a, b, c, d
-
-    return sum_shares
 
 
 def total_putter(spec: KernelSpec) -> Any:

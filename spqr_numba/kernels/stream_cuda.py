@@ -60,6 +60,7 @@ __all__ = [
     "known_run",
     "parts_function",
     "run_of",
+    "slots_clearer",
     "stretches_function",
     "table_filler",
     "work_function",
@@ -98,6 +99,11 @@ class KernelSpec:
     def place_bytes(self) -> int:
         """Of a ring (ring_cuda.py)."""
         return self.unit.bytes + (LOAD_BYTES if self.copy_engine else 0)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a warp's share of a tile: float32 [32 lanes, totals]."""
+        return WORD_BYTES * LANES * self.unit.totals
 
     @property
     def segment_units(self) -> int:
@@ -319,6 +325,19 @@ def clear_shared_bytes(begin, end, thread, threads):
     while at < end:
         clear_shared(at)
         at = int32(at + 8 * threads)
+
+
+def slots_clearer(spec: KernelSpec) -> Any:
+    """clear_slots(plan, work, zeros): the block's, for its threads to add to."""
+    threads, warps_but_one, slot_bytes = spec.threads, spec.warps - 1, spec.slot_bytes
+
+    @cuda.jit(device=True, forceinline=True)
+    def clear_slots(plan, work, zeros):
+        slots = int32(zeros + WORD_BYTES * plan.slots)
+        end = int32(slots + (work.tiles + warps_but_one) * slot_bytes)
+        clear_shared_bytes(slots, end, work.thread, threads)
+
+    return clear_slots
 
 
 # --- Runs

@@ -335,6 +335,7 @@ def test_clusters_emulated(
         (1, torch.bfloat16, 1, 1, "late"),
         (2, torch.float16, 1, 1, "late"),
         (2, torch.bfloat16, 2, 1, "late"),
+        (9, torch.float16, 2, 1, "late"),
         (9, torch.float16, 2, 1, "early"),
         (2, torch.float16, 2, 2, "late"),
         (2, torch.float16, 2, 2, "early"),
