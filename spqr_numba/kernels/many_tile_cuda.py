@@ -170,7 +170,8 @@ def block_copier(spec: ManySpec, block: int) -> Any:
     where they are read."""
     block_of, distance = block_place(spec, block), block * spec.unit.block_bytes
     copy_ahead = copier(*range(0, spec.unit.block_bytes, LANES * LOAD_BYTES))
-    record_of, place_of = record_finder(spec), cuda.jit(device=True)(place_of_lane)
+    record_of = record_finder(spec)
+    place_of = cuda.jit(device=True, forceinline=True)(place_of_lane)
 
     @cuda.jit(device=True, forceinline=True)
     def copy_block(weight, tile, unit):

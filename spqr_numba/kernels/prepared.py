@@ -214,8 +214,7 @@ def code_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:
 
 def place_of_lane(lane: int) -> int:
     """Which of a warp's 32 loads of codes is a lane's."""
-    eight, row, t = lane >> 3, lane >> 2 & 1, lane & 3
-    return eight << 3 | (t ^ eight) << 1 | row
+    return lane ^ lane >> 3
 
 
 def stat_words(matrix: SpqrMatrix, prepared: PreparedMatrix) -> torch.Tensor:

@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from ..format.layout import MatrixSpec
 from .codes_cuda import SUBNORMAL_UNIT, code_place, exact_codes, masked_codes
-from .prepared import BLOCK_COLUMNS, LANES, OCTET, QUARTERS, UNIT_GROUPS, UNIT_OCTETS
+from .prepared import BLOCK_COLUMNS, LANES, OCTET, QUAD, QUARTERS, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import Ptx, f32, i32, packed, unpacked
 
 __all__ = [
@@ -166,10 +166,8 @@ class Unit:
     def load_of(self, t: ir.Value) -> ir.Value:
         """Bytes from a block's first codes to those of the lane t of the own row
         (`place_of_lane`)."""
-        eight = self.builder.lshr(self.lane, i32(3))
-        row = self.builder.and_(self.builder.lshr(self.lane, i32(2)), i32(1))
-        place = self.builder.add(self.times(eight, OCTET), row)
-        place = self.builder.add(place, self.times(self.builder.xor(t, eight), 2))
+        lane = self.builder.or_(self.builder.and_(self.lane, i32(-QUAD)), t)
+        place = self.builder.xor(lane, self.builder.lshr(self.lane, i32(3)))
         return self.times(place, LOAD_BYTES)
 
     def add_to(self, totals: list[ir.Value]) -> list[ir.Value]:
