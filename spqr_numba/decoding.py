@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from .errors import NumericsError
+from .nn import compile_fed_kernels, compile_kernels
 from .sampling import Chooser
 
 __all__ = ["Decoding", "Steps", "cache_length", "decode_one_token", "make_cache", "prefill"]
@@ -93,6 +94,7 @@ def prefill(
     else:
         positions = (mask[:, :length].cumsum(dim=1) - 1).clamp(min=0)
     state = Decoding(model, cache, mask, positions, 0)
+    compile_kernels(model, tokens.numel(), len(tokens))
     logits = _forward(state, tokens)
     if not torch.isfinite(logits).all():
         raise NumericsError(
@@ -150,6 +152,8 @@ class Steps:
             from .compiled.blocks import CompiledBlocks  # takes seconds
 
             state.around = CompiledBlocks(state.model, state.cache)
+            if len(tokens) == 1:
+                compile_fed_kernels(state.model)
 
     def __iter__(self) -> Iterator[list[int]]:
         started = time.perf_counter()

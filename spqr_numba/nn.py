@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -11,13 +12,14 @@ from torch import nn
 from .errors import InputError
 from .format.layout import MatrixSpec
 from .format.matrix import SpqrMatrix
+from .kernels.compiling import compile_together
 from .kernels.dequantize import dequantize
-from .kernels.matmul import matmul
+from .kernels.matmul import launchers_of, matmul
 from .kernels.prepared import PreparedMatrix, can_prepare, prepare
 from .kernels.siblings import join, kinship
 from .operators import Weight, describe, needs_operator, numbered, remember
 
-__all__ = ["ByNumber", "SpqrLinear", "join_siblings"]
+__all__ = ["ByNumber", "SpqrLinear", "compile_fed_kernels", "compile_kernels", "join_siblings"]
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
 PREPARED_ON: tuple[str, ...] = ("cuda",)  # kinds of device whose product reads a PreparedMatrix
@@ -188,6 +190,40 @@ def join_siblings(block: nn.Module) -> None:
             parts = join([weight for _, weight in siblings])
             for (layer, _), part in zip(siblings, parts, strict=True):
                 layer._hold(part)
+
+
+def compile_kernels(model: nn.Module, *counts: int) -> None:
+    """Have the kernels compiled that the model's products with so many inputs need, as many at a
+    time as torch has threads; those that this machine has not compiled before."""
+    weights, dtype = prepared_weights(model), dtype_of(model)
+    found = [launchers_of(weight, dtype, count) for weight in weights for count in counts]
+    compile_together(chain(*found))
+
+
+def compile_fed_kernels(model: nn.Module) -> None:
+    """The same, of products that make their one input of what lies before a norm or a gate
+    (kernels/feed.py): joined weights come behind a norm, others may behind a gate."""
+    from .kernels.stream_cuda import GATE, NORM
+
+    dtype = dtype_of(model)
+    found = [
+        launchers_of(weight.whole or weight, dtype, 1, NORM if weight.whole else GATE)
+        for weight in prepared_weights(model)
+    ]
+    compile_together(chain(*found))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """In which it computes."""
+    dtypes = (parameter.dtype for parameter in model.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def prepared_weights(model: nn.Module) -> list[PreparedMatrix]:
+    """Of its layers, those that are on a GPU."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SpqrLinear)]
+    weights = [layer._weight() for layer in layers]
+    return [w for w in weights if isinstance(w, PreparedMatrix) and w.device.type == "cuda"]
 
 
 class ByNumber:

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Cubin", "cubin_of", "kernel_cache"]
+__all__ = ["Cubin", "cubin_of", "kernel_cache", "path_of"]
 
 PACKAGE = Path(__file__).parent.parent
 COMPILERS = (
@@ -79,18 +79,23 @@ def cubin_of(make: partial, signature: tuple[Any, ...], capability: tuple[int, i
     make        a function of a module with its arguments, of which the kernel is all
     signature   Numba's types of the kernel's own arguments
     """
-    folder = kernel_cache()
-    if folder is None:
+    path = path_of(make, signature, capability)
+    if path is None:
         _tell_once("and there is no folder to keep them in")
         return _compiled(make, signature)
-    path = folder / f"{_key(make, signature, capability)}.cubin"
     found = _read(path)
     if found is None:
-        _tell_once(f"and kept in {folder}")
+        _tell_once(f"and kept in {path.parent}")
         found = _compiled(make, signature)
         if source_digest() == first_digest():  # else the sources are edited while this runs
             _write(path, found)
     return found
+
+
+def path_of(make: partial, signature: tuple[Any, ...], capability: tuple[int, int]) -> Path | None:
+    """Where `cubin_of` keeps it; None where it cannot."""
+    folder = kernel_cache()
+    return None if folder is None else folder / f"{_key(make, signature, capability)}.cubin"
 
 
 def _key(make: partial, signature: tuple[Any, ...], capability: tuple[int, int]) -> str:

@@ -10,19 +10,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import torch
 from numba import njit
 
 from ..errors import InputError
-from .cache import cubin_of, kernel_cache
+from .cache import Cubin, cubin_of, kernel_cache, path_of
 
 __all__ = [
+    "Kernel",
     "Launcher",
     "array_of",
     "compiled",
@@ -132,8 +133,7 @@ def loaded(
     from cuda.core import ObjectCode
 
     with torch.cuda.device(device):
-        capability = torch.cuda.get_device_capability(device)
-        cubin = cubin_of(partial(factory, *given), signature, capability)
+        cubin = Kernel(partial(factory, *given), signature, device).compiled()
         code = ObjectCode.from_cubin(cubin.code)
         return code, code.get_kernel(cubin.name)
 
@@ -165,6 +165,24 @@ def shared_memory(device: torch.device) -> int:
     )
 
 
+class Kernel(NamedTuple):
+    """What is compiled, with which arguments, and for which GPU."""
+
+    make: partial
+    signature: tuple[Any, ...]
+    device: torch.device
+
+    def compiled(self) -> Cubin:
+        """From disk, or kept there."""
+        with torch.cuda.device(self.device):
+            capability = torch.cuda.get_device_capability(self.device)
+            return cubin_of(self.make, self.signature, capability)
+
+    def path(self) -> Path | None:
+        """Where it is kept, or will be; None where it cannot be."""
+        return path_of(self.make, self.signature, torch.cuda.get_device_capability(self.device))
+
+
 class Launcher:
     """A kernel of plain numbers on one GPU, launched by its handle: a few microseconds a call.
 
@@ -183,26 +201,33 @@ class Launcher:
         early: bool,
         ranks: int = 1,
     ) -> None:
-        """The kernel that make() returns, compiled if it is not kept (`cache.cubin_of`).
+        """The kernel that make() returns, compiled when it is first launched (`cache.cubin_of`).
 
         signature: Numba's, of int32, int64, float32 and named tuples of them.
         """
         from cuda.bindings import driver
 
+        self.kernel, self._shared_bytes = Kernel(make, signature, device), shared_bytes
         self._driver, self._types = driver, argument_types(signature)
-        with torch.cuda.device(device):
-            cubin = cubin_of(make, signature, torch.cuda.get_device_capability(device))
-            library = driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0)
-            loaded = driver.cuLibraryGetKernel(_result(library), cubin.name.encode())
-            self._function = _result(driver.cuKernelGetFunction(_result(loaded)))
-            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _result(driver.cuFuncSetAttribute(self._function, most, shared_bytes))
         config = self._config = driver.CUlaunchConfig()
         config.gridDimX = ranks
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
         config.attrs = [*early_attributes(driver, early), *cluster_attributes(driver, ranks)]
         config.numAttrs = len(config.attrs)
+
+    @cached_property
+    def _function(self) -> Any:
+        """The driver's handle."""
+        driver = self._driver
+        with torch.cuda.device(self.kernel.device):
+            cubin = self.kernel.compiled()
+            library = driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0)
+            loaded = driver.cuLibraryGetKernel(_result(library), cubin.name.encode())
+            function = _result(driver.cuKernelGetFunction(_result(loaded)))
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _result(driver.cuFuncSetAttribute(function, most, self._shared_bytes))
+        return function
 
     def clusters(self, shared_bytes: int) -> int:
         """How many clusters the GPU runs at a time."""

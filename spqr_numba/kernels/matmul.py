@@ -28,6 +28,7 @@ A weight that cannot be prepared meets fewer inputs in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -77,7 +78,10 @@ from .unpack import (
     weight_code,
 )
 
-__all__ = ["matmul", "matmul_reference"]
+if TYPE_CHECKING:
+    from .launch import Launcher
+
+__all__ = ["launchers_of", "matmul", "matmul_reference"]
 
 GEMM_FROM = 96
 ROUNDED_FROM = 49  # on a GPU: up to three launches of sixteen inputs come before
@@ -358,8 +362,7 @@ def gemm(x: torch.Tensor, matrix: SpqrMatrix, y: torch.Tensor) -> None:
 
 def multiply_dense(x: torch.Tensor, matrix: SpqrMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     """`matmul` on a GPU, through the dequantized weight."""
-    large = x.numel() >= ROUNDED_FROM * matrix.spec.in_features
-    dtype = x.dtype if large else torch.float32
+    dtype = rounded_to(x.dtype, x.numel() // matrix.spec.in_features)
     weight = dequantize(matrix, dtype)
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
@@ -402,6 +405,25 @@ def product_of(weight: PreparedMatrix, count: int) -> Product | None:
     return multiply_few if count <= at_once else multiply_in_turns
 
 
+def launchers_of(
+    weight: PreparedMatrix, kind: torch.dtype, count: int, feed: str | None = None
+) -> list[Launcher]:
+    """What `matmul` with so many inputs of a dtype launches, or `matmul_fed` with one."""
+    from . import matmul_cuda, matmul_many_cuda, prepared_cuda
+
+    multiply = None if kind == torch.float32 else product_of(weight, count)
+    if multiply is None:
+        return prepared_cuda.launchers_of(weight, rounded_to(kind, count))
+    if multiply is matmul_many_cuda.multiply_many:
+        return matmul_many_cuda.launchers_of(weight, kind, count)
+    return matmul_cuda.launchers_of(weight, kind, count, feed)
+
+
+def rounded_to(kind: torch.dtype, count: int) -> torch.dtype:
+    """What W_hat is dequantized to, for so many inputs of a dtype."""
+    return kind if count >= ROUNDED_FROM else torch.float32
+
+
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     """The same numbers, each row beginning where a GPU can load 16 bytes."""
     per_load = GPU_LOAD_BYTES // x.element_size()
@@ -415,8 +437,7 @@ def multiply_stored(
     """`matmul` of a prepared weight through its numbers: x goes into their order."""
     from .prepared_cuda import dequantize_stored, stored_inputs
 
-    large = x.numel() >= ROUNDED_FROM * weight.spec.in_features
-    dtype = x.dtype if large else torch.float32
+    dtype = rounded_to(x.dtype, x.numel() // weight.spec.in_features)
     ordered = stored_inputs(x.detach(), weight).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     return linear(ordered, dequantize_stored(weight, dtype), bias).to(x.dtype)

@@ -32,6 +32,7 @@ __all__ = [
     "MOST_INPUTS",
     "RINGS",
     "can_multiply",
+    "launchers_of",
     "most_at_once",
     "multiply_few",
     "multiply_in_turns",
@@ -99,24 +100,42 @@ def multiply_few(
     dtype. `can_multiply` must hold. A feed makes one input of x first (feed.py); what lies beside x
     is aligned as x is.
     """
-    count, made_by = len(x), None
-    if feed is not None:
-        made_by = GATE if feed.eps is None else NORM
-    inputs = inputs_of(count)
-    calls = _CALLS.setdefault(weight, {})
-    if (x.dtype, inputs, made_by) not in calls:
-        calls[x.dtype, inputs, made_by] = make_call(weight, x.dtype, inputs, made_by)
-    call = calls[x.dtype, inputs, made_by]
+    call = call_of(weight, x.dtype, len(x), kind_of(feed))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     given: list[float] = [x.data_ptr()]
     results = [out.data_ptr(), 0 if bias is None else bias.data_ptr()]
-    if inputs > 1:
+    if len(x) > 1:
         given.append(x.stride(0) * x.element_size())
-        results.append(count)
+        results.append(len(x))
     else:
         given += [0, 0.0] if feed is None else [feed.beside.data_ptr(), feed.eps or 0.0]
     numbers = *call.addresses, *given, *results, *call.plan
     call.launcher.launch(call.grid, call.shared_bytes, stream, *numbers)
+
+
+def kind_of(feed: Feed | None) -> str | None:
+    """As a kernel's spec has it."""
+    if feed is None:
+        return None
+    return GATE if feed.eps is None else NORM
+
+
+def call_of(weight: PreparedMatrix, kind: torch.dtype, count: int, feed: str | None = None) -> Call:
+    """The product with so many inputs; made once."""
+    key = kind, inputs_of(count), feed
+    calls = _CALLS.setdefault(weight, {})
+    if key not in calls:
+        calls[key] = make_call(weight, *key)
+    return calls[key]
+
+
+def launchers_of(
+    weight: PreparedMatrix, kind: torch.dtype, count: int, feed: str | None = None
+) -> list[Launcher]:
+    """Of `multiply_in_turns`."""
+    at_once = most_at_once(weight)
+    counts = {min(count, at_once), count % at_once or at_once}
+    return [call_of(weight, kind, some, feed).launcher for some in counts]
 
 
 def inputs_of(count: int) -> int:

@@ -22,7 +22,7 @@ from .staging_cuda import CORES, ZERO_HALVES, cores_kernel
 from .stream_cuda import KernelSpec, addresses
 from .unit_cuda import HALF_BYTES, UnitSpec
 
-__all__ = ["can_multiply_many", "multiply_many"]
+__all__ = ["can_multiply_many", "launchers_of", "multiply_many"]
 
 STRIP_MICROSECONDS = {32: 0.85, 64: 0.95, 128: 1.2, 256: 1.03}
 """Inputs of a block -> how long it takes for a strip, on an H200."""
@@ -85,7 +85,7 @@ def multiply_many(
     [rows] or None and out, contiguous, of the same dtype. `can_multiply_many` must hold.
     """
     count, device = len(x), x.device
-    call = make_call(weight.spec, "runs" in weight.tensors, x.dtype, count, device)
+    call = call_of(weight, x.dtype, count)
     stream = torch.cuda.current_stream(device).cuda_stream
     of_weight, all_inputs = addresses(weight), call.inputs * call.input_blocks
     staged = torch.empty(all_inputs * call.columns, dtype=torch.float16, device=device)
@@ -106,6 +106,17 @@ def multiply_many(
         grid = ceil_div(out.numel(), SHARES_THREADS)
         sizes = count, weight.spec.out_features, call.splits
         call.adding.launch(grid, 0, stream, shares_at, operands[1], *results, *sizes)
+
+
+def launchers_of(weight: PreparedMatrix, kind: torch.dtype, count: int) -> list[Launcher]:
+    """Of `multiply_many`."""
+    call = call_of(weight, kind, count)
+    return [call.staging, call.product, *([call.adding] if call.splits > 1 else [])]
+
+
+def call_of(weight: PreparedMatrix, kind: torch.dtype, count: int) -> Call:
+    """The product with so many inputs; made once."""
+    return make_call(weight.spec, "runs" in weight.tensors, kind, count, weight.device)
 
 
 @lru_cache(maxsize=4096)

@@ -32,7 +32,13 @@ from .stream_cuda import WEIGHT, KernelSpec, addresses
 from .unit_cuda import HALF_BYTES, LOAD_BYTES, UnitSpec
 from .unit_numbers_cuda import Copying, part_writer
 
-__all__ = ["SIGNATURE", "dequantize_kernel", "dequantize_stored", "stored_inputs"]
+__all__ = [
+    "SIGNATURE",
+    "dequantize_kernel",
+    "dequantize_stored",
+    "launchers_of",
+    "stored_inputs",
+]
 
 cuda = numba_cuda()  # only those who have tensors on a GPU import this module
 
@@ -75,6 +81,13 @@ def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
         x.numel() // columns, needed, stream, *given
     )
     return ordered
+
+
+def launchers_of(weight: PreparedMatrix, dtype: torch.dtype) -> list[Launcher]:
+    """Of `dequantize_stored` to a dtype, and of `stored_inputs` of 16 bits."""
+    unit, outliers = UnitSpec.of(weight.spec), "runs" in weight.tensors
+    ordering = [ordering_of(unit, weight.device)] if "target" in weight.tensors else []
+    return [launcher_of(unit, dtype, outliers, weight.device), *ordering]
 
 
 @cache
