@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .errors import NumericsError
-from .nn import compile_fed_kernels, compile_kernels
+from .nn import compile_joined_kernels, compile_kernels
 from .sampling import Chooser
 
 __all__ = ["Decoding", "Steps", "cache_length", "decode_one_token", "make_cache", "prefill"]
@@ -152,8 +152,8 @@ class Steps:
             from .compiled.blocks import CompiledBlocks  # takes seconds
 
             state.around = CompiledBlocks(state.model, state.cache)
-            if len(tokens) == 1:
-                compile_fed_kernels(state.model)
+            if state.around.works:
+                compile_joined_kernels(state.model, len(tokens))
 
     def __iter__(self) -> Iterator[list[int]]:
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,7 @@ from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.compiled import blocks
 from spqr_numba.decoding import Decoding, capturable, make_cache, noticing_waits
 from spqr_numba.errors import ConfigError
-from spqr_numba.generate import generate, generate_batch
+from spqr_numba.generate import encode_prompt, generate, generate_batch
 from spqr_numba.model.integration import load_model
 from spqr_numba.nn import SpqrLinear
 from spqr_numba.sampling import Sampling
@@ -89,6 +90,25 @@ def test_a_static_cache_counts_in_tensors_alone() -> None:
     cache = make_cache(tiny_family("gemma2"), 20, static=True)
     assert [type(layer) for layer in cache.layers] == [StaticLayer, StaticLayer]
     assert {layer.get_max_length() for layer in cache.layers} == {20}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kernels_are_compiled_first(
+    compiled: bool, backend: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the prompts and of a step."""
+    asked: list[Any] = []
+    for name in ("compile_kernels", "compile_joined_kernels"):
+        monkeypatch.setattr(decoding, name, partial(note_counts, asked, name))
+    longest = max(len(encode_prompt(TOKENIZER, prompt)) for prompt in PROMPTS)
+    tokens(tiny_llama(), compile=compiled)
+    before_prefill = ("compile_kernels", longest * len(PROMPTS), len(PROMPTS))
+    before_steps = ("compile_joined_kernels", len(PROMPTS))
+    assert asked == [before_prefill, *([before_steps] if compiled else [])]
+
+
+def note_counts(asked: list[Any], name: str, model: Any, *counts: int) -> None:
+    asked.append((name, *counts))
 
 
 # --- Compiled

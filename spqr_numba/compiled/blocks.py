@@ -49,26 +49,26 @@ class CompiledBlocks:
     """`with CompiledBlocks(model, cache): model(...)`: the blocks run compiled.
 
     A block that torch.compile does not take runs as it is, and so do the others from then on; that
-    is logged.
+    is logged, and `works` is False.
     """
 
     def __init__(self, model: Any, cache: Cache) -> None:
         self._model, self._cache = model, cache
         self._blocks = find_blocks(model).modules
         self._layers = [LayerCache(layers=[layer]) for layer in cache.layers]
-        self._works = True
+        self.works = True
         self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity, of a step
         self._left = ExitStack()
         if len(self._blocks) != len(self._layers):
             self._give_up(f"it has {len(self._blocks)} blocks and {len(self._layers)} caches")
         elif any("forward" in vars(block) for block in self._blocks):
             self._give_up("its blocks already run through another wrapper")
-        for block in self._blocks if self._works else ():
+        for block in self._blocks if self.works else ():
             join_siblings(block)
         self._numbers = ByNumber(model)
 
     def __enter__(self) -> None:
-        if not self._works:
+        if not self.works:
             return
         joining = inductor_config.patch(post_grad_custom_pre_pass=ProductPasses())
         self._left.enter_context(joining)
@@ -85,7 +85,7 @@ class CompiledBlocks:
         def given(argument: Any) -> Any:
             return layer if argument is self._cache else self._added(argument, args[0].dtype)
 
-        if self._works:
+        if self.works:
             try:
                 positional = [given(argument) for argument in args]
                 named = {name: given(argument) for name, argument in kwargs.items()}
@@ -104,7 +104,7 @@ class CompiledBlocks:
         return self._masks[id(argument)][1]
 
     def _give_up(self, reason: str) -> None:
-        self._works = False
+        self.works = False
         logger.warning("%s cannot be compiled: %s", type(self._model).__name__, reason)
 
 

@@ -100,8 +100,7 @@ def _sums(model: Any, dense: Any, tokens: torch.Tensor) -> tuple[float, float]:
 
 def _predictions(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Logits of all next tokens, some positions at a time."""
-    if isinstance(model, torch.nn.Module):
-        compile_kernels(model, tokens.numel())
+    compile_kernels(model, tokens.numel())
     logits = model(tokens, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).split(LOSS_POSITIONS)
 

@@ -17,10 +17,12 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -32,31 +34,41 @@ __all__ = ["compile_together"]
 LEAST = 4  # kernels for which it pays to start processes: one needs as long as some kernels take
 MOST_PROCESSES = 8  # each has some hundred megabytes
 GPU_BYTES = 2**30  # of a process, for what the driver keeps there
+SECONDS = 600  # a process that has not answered for so long never will
 DONE = b"+"
 
 logger = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 
 
 def compile_together(launchers: Iterable[Launcher]) -> None:
     """Put a GPU's kernels on disk that are not there, if they are so many that processes pay."""
-    kernels = [launcher.kernel for launcher in dict.fromkeys(launchers)]
-    paths = [(kernel.path(), kernel) for kernel in kernels]
-    missing = {path: kernel for path, kernel in paths if path and not path.exists()}
-    if len(missing) < LEAST:
-        return
-    path, kernel = next(iter(missing.items()))
-    count = min(len(missing), processes_for(kernel.device))
-    if count < 2:
-        return
-    told = "%d kernels are compiled for this GPU, %d at a time, and kept in %s"
-    logger.info(told, len(missing), count, path.parent)
-    waiting = deque(missing.values())
+    with _one_at_a_time:  # others may need the same
+        kernels = [launcher.kernel for launcher in dict.fromkeys(launchers)]
+        paths = [(kernel.path(), kernel) for kernel in kernels]
+        missing = {path: kernel for path, kernel in paths if path and not path.exists()}
+        if len(missing) < LEAST:
+            return
+        path, kernel = next(iter(missing.items()))
+        count = min(len(missing), processes_for(kernel.device))
+        if count < 2:
+            return
+        told = "%d kernels are compiled for this GPU, %d at a time, and kept in %s"
+        logger.info(told, len(missing), count, path.parent)
+        compile_by_processes(count, deque(missing.values()))
+        left = [path for path in missing if not path.exists()]
+        if left:
+            logger.debug("%d of them were not", len(left))
+
+
+def compile_by_processes(count: int, waiting: deque[Kernel]) -> None:
+    """Have so many processes compile what waits; what they have not in SECONDS is left."""
     with ThreadPoolExecutor(count) as pool, ExitStack() as running:
         processes = []
         for _ in range(count):
             with suppress(OSError):  # no room for one more
                 processes.append(running.enter_context(compiler()))
-        wait([pool.submit(feed, process, waiting) for process in processes])
+        wait([pool.submit(feed, process, waiting) for process in processes], SECONDS)
 
 
 def processes_for(device: torch.device) -> int:
@@ -70,9 +82,10 @@ def processes_for(device: torch.device) -> int:
 @contextmanager
 def compiler() -> Iterator[subprocess.Popen]:
     """A process, which does not outlive the block."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    path = [folder or str(Path.cwd()) for folder in sys.path if isinstance(folder, str)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     with subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -105,10 +118,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             kernel = pickle.load(requests)
         except EOFError:
             return
-        try:
+        with suppress(Exception):  # it comes again where somebody sees it
             kernel.compiled()
-        except Exception:
-            logger.debug("not compiled: %s", kernel, exc_info=True)
         answers.write(DONE)
         answers.flush()
 

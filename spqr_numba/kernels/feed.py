@@ -19,8 +19,9 @@ from ..format.matrix import SpqrMatrix
 from .matmul import GPU_LOAD_BYTES, check_input, matmul, product_of
 from .prepared import PreparedMatrix
 
-__all__ = ["HALVES", "Feed", "fed", "matmul_fed"]
+__all__ = ["GATE", "HALVES", "NORM", "Feed", "fed", "matmul_fed"]
 
+NORM, GATE = "norm", "gate"
 HALVES = torch.float16, torch.bfloat16  # of what a launch makes itself
 
 
@@ -29,6 +30,11 @@ class Feed(NamedTuple):
 
     beside: torch.Tensor
     eps: float | None
+
+    @property
+    def kind(self) -> str:
+        """NORM or GATE."""
+        return GATE if self.eps is None else NORM
 
 
 def fed(x: torch.Tensor, feed: Feed) -> torch.Tensor:

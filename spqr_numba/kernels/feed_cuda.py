@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .feed import GATE, NORM
 from .launch import numba_cuda
 from .prepared import ALL_LANES, LANES
 from .ptx import (
@@ -26,7 +27,7 @@ from .ptx import (
     reciprocal,
 )
 from .scalars import bfloat_to_float, half_to_float
-from .stream_cuda import GATE, NORM, KernelSpec
+from .stream_cuda import KernelSpec
 from .unit_cuda import HALF_BYTES, LOAD_BYTES
 
 __all__ = ["half_function", "ratio_function", "words_function"]

@@ -408,12 +408,13 @@ def product_of(weight: PreparedMatrix, count: int) -> Product | None:
 def launchers_of(
     weight: PreparedMatrix, kind: torch.dtype, count: int, feed: str | None = None
 ) -> list[Launcher]:
-    """What `matmul` with so many inputs of a dtype launches, or `matmul_fed` with one."""
+    """What `matmul` with so many inputs of a dtype launches, or `matmul_fed` with one; inputs that
+    lie where a GPU can load 16 bytes."""
     from . import matmul_cuda, matmul_many_cuda, prepared_cuda
 
     multiply = None if kind == torch.float32 else product_of(weight, count)
     if multiply is None:
-        return prepared_cuda.launchers_of(weight, rounded_to(kind, count))
+        return prepared_cuda.launchers_of(weight, kind, rounded_to(kind, count))
     if multiply is matmul_many_cuda.multiply_many:
         return matmul_many_cuda.launchers_of(weight, kind, count)
     return matmul_cuda.launchers_of(weight, kind, count, feed)

@@ -21,7 +21,7 @@ from .runs import segments_of
 from .several_cuda import SEVERAL, several_kernel
 from .several_inputs_cuda import INPUTS_BEGIN, MOST_INPUTS
 from .staging_cuda import ZERO_HALVES
-from .stream_cuda import GATE, NORM, KernelSpec, Plan, Weight, addresses
+from .stream_cuda import KernelSpec, Plan, Weight, addresses
 from .unit_cuda import HALF_BYTES, UnitSpec
 from .unit_several_cuda import AT_ONCE
 
@@ -100,7 +100,7 @@ def multiply_few(
     dtype. `can_multiply` must hold. A feed makes one input of x first (feed.py); what lies beside x
     is aligned as x is.
     """
-    call = call_of(weight, x.dtype, len(x), kind_of(feed))
+    call = call_of(weight, x.dtype, len(x), None if feed is None else feed.kind)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     given: list[float] = [x.data_ptr()]
     results = [out.data_ptr(), 0 if bias is None else bias.data_ptr()]
@@ -111,13 +111,6 @@ def multiply_few(
         given += [0, 0.0] if feed is None else [feed.beside.data_ptr(), feed.eps or 0.0]
     numbers = *call.addresses, *given, *results, *call.plan
     call.launcher.launch(call.grid, call.shared_bytes, stream, *numbers)
-
-
-def kind_of(feed: Feed | None) -> str | None:
-    """As a kernel's spec has it."""
-    if feed is None:
-        return None
-    return GATE if feed.eps is None else NORM
 
 
 def call_of(weight: PreparedMatrix, kind: torch.dtype, count: int, feed: str | None = None) -> Call:

@@ -70,10 +70,9 @@ def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
     if "target" not in weight.tensors:
         return x
     ordered = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns, needed = x.shape[-1], x.shape[-1] * HALF_BYTES
-    as_it_lies = x.is_contiguous() and x.data_ptr() % LOAD_BYTES == needed % LOAD_BYTES == 0
-    halves = x.element_size() == HALF_BYTES
-    if not (as_it_lies and halves and needed <= shared_memory(x.device) and x.numel()):
+    columns, needed = x.shape[-1], row_bytes(weight)
+    as_it_lies = x.is_contiguous() and x.data_ptr() % LOAD_BYTES == 0
+    if not (as_it_lies and can_order(x.dtype, needed, x.device) and x.numel()):
         return ordered.index_copy_(-1, weight["target"].to(torch.int64), x)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     given = *addresses(weight), x.data_ptr(), ordered.data_ptr()
@@ -83,11 +82,24 @@ def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
     return ordered
 
 
-def launchers_of(weight: PreparedMatrix, dtype: torch.dtype) -> list[Launcher]:
-    """Of `dequantize_stored` to a dtype, and of `stored_inputs` of 16 bits."""
+def launchers_of(weight: PreparedMatrix, kind: torch.dtype, dtype: torch.dtype) -> list[Launcher]:
+    """Of `stored_inputs` of a kind, as it lies, and of `dequantize_stored` to a dtype."""
     unit, outliers = UnitSpec.of(weight.spec), "runs" in weight.tensors
-    ordering = [ordering_of(unit, weight.device)] if "target" in weight.tensors else []
-    return [launcher_of(unit, dtype, outliers, weight.device), *ordering]
+    found, needed = [launcher_of(unit, dtype, outliers, weight.device)], row_bytes(weight)
+    if "target" in weight.tensors and can_order(kind, needed, weight.device):
+        found.append(ordering_of(unit, weight.device))
+    return found
+
+
+def row_bytes(weight: PreparedMatrix) -> int:
+    """Of an input of 16 bits."""
+    return HALF_BYTES * weight.spec.in_features
+
+
+def can_order(kind: torch.dtype, row_bytes: int, device: torch.device) -> bool:
+    """Whether the kernel that orders inputs takes such rows."""
+    whole = row_bytes % LOAD_BYTES == 0 and row_bytes <= shared_memory(device)
+    return kind.itemsize == HALF_BYTES and whole
 
 
 @cache

@@ -27,6 +27,7 @@ import torch
 from numba import types
 
 from .codes_cuda import SUBNORMAL_UNIT
+from .feed import NORM
 from .launch import numba_cuda
 from .prepared import ALL_LANES, OCTET, UNIT_GROUPS, UNIT_OCTETS
 from .ptx import (
@@ -50,7 +51,6 @@ from .staging_cuda import (
     staging_function,
 )
 from .stream_cuda import (
-    NORM,
     PLAN,
     WEIGHT,
     KernelSpec,

@@ -42,8 +42,6 @@ from .unit_cuda import LOAD_BYTES, WORD_BYTES, UnitSpec
 
 __all__ = [
     "BUFFERS",
-    "GATE",
-    "NORM",
     "PLAN",
     "WEIGHT",
     "Item",
@@ -67,7 +65,6 @@ __all__ = [
 ]
 
 cuda = numba_cuda()
-NORM, GATE = "norm", "gate"  # what one input is made by first (feed.py)
 SCHEDULERS = 4  # of a multiprocessor; a warp's number says which
 int32: Any = np.int32
 
@@ -82,7 +79,7 @@ class KernelSpec:
     stages: int
     early: bool
     ranks: int = 1  # blocks of a cluster
-    feed: str | None = None  # NORM or GATE
+    feed: str | None = None  # Feed.kind of what makes the input
     resident: int = 1  # blocks that a multiprocessor's registers are shared out to
 
     @property

@@ -124,7 +124,7 @@ def test_ptx(
     from spqr_numba.kernels.product_cuda import SIGNATURE, product_kernel
     from spqr_numba.kernels.unit_cuda import UnitSpec
 
-    kind = stream_cuda.GATE if eps is None else stream_cuda.NORM
+    kind = feeds.GATE if eps is None else feeds.NORM
     unit, early = UnitSpec(3, 3, 16), capability >= (9, 0)
     warps, stages, _, resident = crews_of(unit, tiles, columns=4096, fed=True)[0]
     spec = stream_cuda.KernelSpec(unit, dtype, warps, stages, early, feed=kind, resident=resident)
