@@ -60,7 +60,14 @@ class Command(click.Command):
         except (SpqrError, OSError) as error:
             if debug or getattr(error, "errno", None) == errno.EPIPE:
                 raise  # a closed pipe is click's business: it leaves quietly
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, in words."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def emit(result: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -93,7 +93,7 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
     """Compress MODEL into the folder OUT.
 
     MODEL is a folder, a hub name or a .gguf file; with OUT alone, it is the bundled model. A run
-    that was killed goes on where it stopped when the same command is run again.
+    that was killed goes on behind what it finished when the same command is run again.
     """
     if out is None:
         model, out = None, model
@@ -136,9 +136,10 @@ def _compress(
         partial = out.with_name(f"{out.name}.partial")
         if not partial.exists():
             raise
+        finished = len(list(partial.glob("model-*.safetensors")))
         raise Interrupted(
-            f"interrupted; the finished blocks are kept in {partial}: run the same command again"
-            " to go on behind them, or delete that folder"
+            f"interrupted; {partial} keeps what is finished (blocks: {finished}): run the same"
+            " command again to go on behind it, or delete that folder"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -107,8 +106,14 @@ def _checked(file: str | None, overwrite: bool) -> Path:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise click.UsageError(f"there is no folder {path.parent} to write {path.name} into")
-    if not os.access(folder, os.W_OK):
-        raise click.UsageError(f"nothing may be written into the folder {folder}")
+    probe = path.with_name(f"{path.name}.tmp")
+    try:  # now, and not when all is written
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise click.UsageError(
+            f"nothing can be written into the folder {folder}: {error.strerror}"
+        ) from error
     return path
 
 

@@ -258,9 +258,13 @@ class SpqrConfig:
                 raise ConfigError(
                     f"the override for {pattern!r} sets {fixed[0]}, which is one for all modules"
                 )
-            unknown = sorted(set(values) - {f.name for f in fields(self)})
+            known = [f.name for f in fields(self) if f.name not in MODEL_LEVEL_FIELDS]
+            unknown = sorted(set(values) - set(known))
             if unknown:
-                raise ConfigError(f"the override for {pattern!r} sets unknown field {unknown[0]!r}")
+                raise ConfigError(
+                    f"the override for {pattern!r} sets unknown field {unknown[0]!r}; there are"
+                    f" {', '.join(known)}"
+                )
             self._overridden(values)
 
 

@@ -12,11 +12,15 @@ __all__ = ["sync", "write_whole"]
 def write_whole(path: Path, write: Callable[[Path], object], wait: bool = False) -> None:
     """write(a path beside it), then rename; with `wait`, not before it is on the disk.
 
-    What could not be written whole is not left there either.
+    What could not be written whole is not left there either. It may be read as other new files are,
+    whatever `write` says.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         if wait:
             sync(temporary)
         temporary.replace(path)

@@ -89,7 +89,7 @@ def test_the_papers_presets_are_its_recipes() -> None:
         ({"skip": ("(",)}, "'(' is not a regular expression"),
         ({"skip": "lm_head"}, "skip"),
         ({"overrides": (("[", {"bits": 4}),)}, "'[' is not a regular expression"),
-        ({"overrides": (("mlp", {"bit": 4}),)}, "override for 'mlp' sets unknown field 'bit'"),
+        ({"overrides": (("mlp", {"bit": 4}),)}, "unknown field 'bit'; there are bits, group_size"),
         ({"overrides": (("mlp", {"skip": ()}),)}, "override for 'mlp' sets skip"),
         ({"overrides": (("mlp", {"bits": 1}),)}, "bits is 1"),
     ],

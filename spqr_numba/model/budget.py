@@ -41,6 +41,7 @@ __all__ = [
     "allocate",
     "between",
     "curves_to_csv",
+    "layers_of",
     "lower_hull",
     "reach",
     "read_curves",
@@ -70,7 +71,7 @@ class Option:
     def of(cls, config: SpqrConfig, nbytes: float, loss: float) -> Self:
         """What `config` has in these fields, and what comes of it."""
         chosen = {name: getattr(config, name) for name in CHOSEN_FIELDS}
-        return cls(nbytes=nbytes, loss=loss, **chosen)
+        return cls(nbytes=float(nbytes), loss=loss, **chosen)
 
     def settings(self, config: SpqrConfig) -> SpqrConfig:
         """`config` with what this option chose."""
@@ -128,6 +129,11 @@ def _walk(hulls: Hulls, steps: Iterable[Step], nbytes: float) -> dict[Layers, Op
             chosen[layer] = other
             left -= other.nbytes - one.nbytes
     return chosen
+
+
+def layers_of(curves: Curves) -> set[str]:
+    """Of which layers they are."""
+    return {name for layers in curves for name in layers}
 
 
 def reach(curves: Curves) -> tuple[float, float]:

@@ -49,9 +49,9 @@ class CheckpointWriter:
     out           where the model goes
     blocks        number of decoder blocks
     fingerprint   of everything that shapes the result; a partial run is continued only if equal
-    overwrite     replace OUT, once the new one is whole
+    overwrite     replace OUT, once the new one is whole, and blocks of a run with other settings
 
-    Raises CheckpointError where OUT exists and overwrite is not set, or cannot be made.
+    Raises CheckpointError where either is there and overwrite is not set, or OUT cannot be made.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CheckpointWriter:
         self._blocks = blocks
         self._shards = blocks + 1
         with self._reported("make the folder"):
-            self.finished_blocks = self._resume(fingerprint)
+            self.finished_blocks = self._resume(fingerprint, overwrite)
 
     def write_block(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None
@@ -142,7 +142,7 @@ class CheckpointWriter:
             _move_into_place(self.partial, self.out)
             (self.out / PROGRESS_FILE).unlink()
 
-    def _resume(self, fingerprint: str) -> int:
+    def _resume(self, fingerprint: str, overwrite: bool) -> int:
         """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
         found = self.read_text(PROGRESS_FILE)
         if found and json.loads(found)["fingerprint"] == fingerprint:
@@ -152,6 +152,11 @@ class CheckpointWriter:
                 self.partial, finished, self._blocks,
             )  # fmt: skip
             return finished
+        if found and not overwrite and (finished := self._count_finished()):
+            raise CheckpointError(
+                f"{self.partial} holds {finished} finished blocks of another model, settings or"
+                " calibration; choose another folder, or overwrite them (--overwrite)"
+            )
         if found:
             logger.warning(
                 "%s is of another model, settings or calibration: starting anew", self.partial

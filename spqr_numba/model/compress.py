@@ -41,7 +41,7 @@ from ..format.layout import FORMAT_VERSION
 from ..quantize.solver import QuantizedWeight
 from .activations import Activations
 from .blocks import Blocks, check_causal, check_dense, find_blocks, find_norms, plan
-from .budget import Curves, Ration, Target, curves_to_csv, reach, read_curves
+from .budget import Curves, Ration, Target, curves_to_csv, layers_of, reach, read_curves
 from .calibration import (
     Dataset,
     load_texts,
@@ -194,7 +194,7 @@ class Compression:
         self.target, self.curves = target, curves
         if target is not None:
             check_target(target, config, self.settings, self.model)
-        if curves is not None and {n for layers in curves for n in layers} != set(self.settings):
+        if curves is not None and layers_of(curves) != set(self.settings):
             raise ConfigError("the curves are not of the layers that these settings compress")
         if device.type == "cuda":
             log_paths(self.model, self.settings, device)
@@ -391,9 +391,9 @@ class Compression:
         if self.target is None:
             return None
         curves = read_curves(self.writer.read_text(CURVES_FILE))
-        if not curves:
-            curves = self.curves or self._survey(progress)
-            self.writer.write_text(CURVES_FILE, curves_to_csv(curves))
+        if layers_of(curves) != set(self.settings):
+            curves = self.curves or self._survey(progress, curves)
+            self._keep_curves(curves)
         self.target.check_reach(*reach(curves), self._weights())
         ration = Ration(curves, self.settings, self.target.bits * self._weights() / 8)
         for row in self.rows:
@@ -401,8 +401,11 @@ class Compression:
             self.settings[row.layer] = row.settings(self.settings[row.layer])
         return ration
 
-    def _survey(self, progress: Progress) -> Curves:
-        """The options of every layer."""
+    def _keep_curves(self, curves: Curves) -> None:
+        self.writer.write_text(CURVES_FILE, curves_to_csv(curves))
+
+    def _survey(self, progress: Progress, known: Curves) -> Curves:
+        """The options of every layer; those of some blocks may be known."""
         assert self.windows is not None  # Target.check_hessians: something calibrates
         with self.clock("survey"):
             return survey(
@@ -414,6 +417,8 @@ class Compression:
                 clock=self.clock,
                 progress=progress,
                 weights=self.token_weights,
+                known=known,
+                keep=self._keep_curves,
             )
 
     def _start_activations(self) -> Activations | None:

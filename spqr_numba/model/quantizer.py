@@ -7,10 +7,10 @@ are told apart by `format_version`; theirs still go where they went before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import SpQRConfig
 from transformers.quantizers.base import HfQuantizer
@@ -23,7 +23,7 @@ from ..format.layout import FORMAT_VERSION, MatrixSpec
 from ..nn import SpqrLinear
 from .blocks import find_blocks, plan
 from .registration import METHOD
-from .source import model_names
+from .source import model_names, opened
 
 __all__ = ["SpqrHfQuantizer", "SpqrQuantizationConfig", "make_quantizer"]
 
@@ -127,7 +127,7 @@ def stored_shapes(model: nn.Module, files: list[str]) -> Shapes:
     """Name in the model -> shape, for every tensor of some safetensors files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with opened(Path(path)) as file:
             names = list(file.keys())
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return {name: shapes[stored] for name, stored in model_names(model, shapes).items()}

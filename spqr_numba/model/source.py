@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from ..errors import CheckpointError
 from .skeleton import Weights
 
-__all__ = ["FolderSource", "Source", "open_source"]
+__all__ = ["FolderSource", "Source", "open_source", "opened"]
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,6 +140,8 @@ class FolderSource:
         """Raises CheckpointError where `path` is not such a folder."""
         self.path = path
         self.label = label or str(path)
+        if not path.exists():
+            raise CheckpointError(f"there is no folder {path}")
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f"{path} is not a model folder: it holds no {CONFIG_FILE}")
         self._files = _tensor_files(path)
@@ -280,9 +283,16 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
 
 
 def _names_in(path: Path) -> Iterator[str]:
+    with opened(path) as file:
+        yield from file.keys()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises CheckpointError where it is not whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            yield from file.keys()
+            yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 

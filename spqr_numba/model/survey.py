@@ -15,7 +15,7 @@ bytes a layer takes differs by a few percent, which the layers behind it make up
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -29,7 +29,7 @@ from ..quantize.outliers import outlier_threshold
 from ..quantize.solver import check_weight, squared_output, walk_columns
 from .activations import Activations
 from .blocks import InputGroup, input_groups
-from .budget import Curves, Layers, Option, Target, between, lower_hull
+from .budget import Curves, Layers, Option, Target, between, layers_of, lower_hull
 from .gradients import TokenWeights, mean_sensitivities, sensitivities
 from .input_sums import InputSums
 from .progress import Progress, begin
@@ -63,6 +63,8 @@ def survey(
     clock: Clock,
     progress: Progress,
     weights: TokenWeights | None = None,
+    known: Curves | None = None,
+    keep: Callable[[Curves], None] = lambda curves: None,
 ) -> Curves:
     """The options of all linears that `settings` names and the windows reach.
 
@@ -73,6 +75,8 @@ def survey(
     clock       for the seconds spent on Hessians
     progress    a bar
     weights     of the tokens of all windows, where they do not count alike
+    known       of some blocks, the first ones, from an earlier run
+    keep        gets what is known behind each block
 
     Raises NumericsError for NaN or inf, ModelError where blocks cannot be run one by one.
     """
@@ -88,6 +92,8 @@ def survey(
         for name, config in settings.items()
         if not config.use_hessian
     }
+    curves |= {layers: list(options) for layers, options in (known or {}).items()}
+    surveyed = layers_of(curves)
     begin(progress, "trying settings", len(parts.blocks))
     for index in range(len(parts.blocks)):
         name = parts.blocks.name(index)
@@ -95,13 +101,14 @@ def survey(
         with parts.block(index) as block:
             linears = {n: parts.model.get_submodule(n) for n in inside}
             found = _factorizations(block, index, linears, inside, activations, clock, weights)
-            for factor, hessians in found:
+            for factor, hessians in found if not surveyed.issuperset(inside) else ():
                 layers, config = tuple(hessians), inside[next(iter(hessians))]
                 told = [Told(linears[n].weight, felt[n], hessians[n]) for n in layers]
                 with named(layers[0]):
                     sample = Sample.of(told, factor, config)
                     curves[layers] = sample.options(config, per_layer)
             activations.advance(block, index)
+        keep(curves)
         progress.update(1)
     return curves
 

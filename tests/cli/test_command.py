@@ -29,7 +29,7 @@ def command_that_raises(error: BaseException) -> click.Command:
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors"),
             1,
-            "Error: [Errno 28] No space left on device: 'out/model.safetensors'\n",
+            "Error: out/model.safetensors: No space left on device\n",
         ),
         (KeyboardInterrupt(), 130, "Error: interrupted; nothing was written\n"),
         (Interrupted("interrupted; half is kept"), 130, "Error: interrupted; half is kept\n"),

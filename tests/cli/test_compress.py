@@ -356,7 +356,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_goes_on(
         patch.setattr(compress_module.Compression, "_compress_block", interrupted)
         result = run(line)
     assert result.exit_code == 130
-    assert f"the finished blocks are kept in {out}.partial" in result.stderr
+    assert f"{out}.partial keeps what is finished (blocks: 1)" in result.stderr
     assert "run the same command again" in result.stderr
     assert not out.exists()
 

@@ -62,7 +62,7 @@ def test_bad_input(run: Run, dense: Path, compressed: Path, tmp_path: Path) -> N
     config["quantization_config"]["scale_bits"] = 2
     (copy / "config.json").write_text(json.dumps(config))
     for folder, message in [
-        (tmp_path / "nowhere", "nowhere is not a model folder"),
+        (tmp_path / "nowhere", f"there is no folder {tmp_path / 'nowhere'}"),
         (dense, "is not a model that `spqr compress` wrote"),
         (copy, "the checkpoint is damaged"),
     ]:

@@ -70,6 +70,7 @@ def test_a_disk_that_fills_up(
         ("", 2, "name the FILE.safetensors"),
         ("{dense} own.txt", 2, "must end in .safetensors"),
         ("{dense} nowhere/own.safetensors", 2, "there is no folder nowhere"),
+        ("{dense} /proc/own.safetensors", 2, "nothing can be written into the folder /proc"),
         ("nowhere {tmp}/own.safetensors", 1, "nowhere"),
         ("{dense} {tmp}/own.safetensors --seqlen 65", 1, "context is 64 tokens"),
         ("{dense} {tmp}/own.safetensors --seqlen 1", 1, "at least one of 2"),

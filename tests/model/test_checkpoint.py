@@ -105,10 +105,29 @@ def test_lost_hidden_states(tmp_path: Path) -> None:
 
 def test_another_fingerprint_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(CheckpointWriter(tmp_path / "out", 3, "a"), range(2))
-    writer = CheckpointWriter(tmp_path / "out", 3, "b")
+    with pytest.raises(CheckpointError, match=r"partial holds 2 finished blocks of another model"):
+        CheckpointWriter(tmp_path / "out", 3, "b")
+    assert CheckpointWriter(tmp_path / "out", 3, "a").finished_blocks == 2
+    writer = CheckpointWriter(tmp_path / "out", 3, "b", overwrite=True)
     assert "of another model, settings or calibration: starting anew" in caplog.text
     assert writer.finished_blocks == 0
     assert {path.name for path in writer.partial.iterdir()} == {"progress.json"}
+
+
+def test_a_run_without_a_finished_block_is_no_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    CheckpointWriter(tmp_path / "out", 3, "a")
+    CheckpointWriter(tmp_path / "out", 3, "b")
+    assert "starting anew" in caplog.text
+
+
+def test_shards_are_as_readable_as_other_new_files(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 1, "a")
+    write(writer, range(1))
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *writer.partial.iterdir())}
+    assert len(modes) == 1
 
 
 def test_only_one_set_of_hidden_states_is_kept(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from spqr_numba.model.gradients import TokenWeights
 from spqr_numba.model.integration import load_model
 from spqr_numba.model.progress import Silent
 from spqr_numba.model.source import open_source
+from spqr_numba.model.survey import Sample
 from spqr_numba.nn import SpqrLinear
 from spqr_numba.quantize.hessian import Hessian
 
@@ -318,16 +319,16 @@ class Killed(KeyboardInterrupt):
 
 
 class KillAfter(Silent):
-    """A progress bar that ends the run behind so many blocks."""
+    """A progress bar that ends the run behind so many blocks of a stage."""
 
-    def __init__(self, blocks: int) -> None:
-        self.left, self.stage = blocks, ""
+    def __init__(self, blocks: int, of: str = COMPRESSING) -> None:
+        self.left, self.stage, self.of = blocks, "", of
 
     def set_description_str(self, desc: str, refresh: bool = True) -> None:
         self.stage = desc
 
     def update(self, n: int = 1) -> None:
-        if self.stage == COMPRESSING:
+        if self.stage == self.of:
             self.left -= n
             if n and self.left <= 0:
                 raise Killed
@@ -382,7 +383,7 @@ def test_other_settings_do_not_continue(
 ) -> None:
     with pytest.raises(Killed):
         run(folder_of("llama"), progress=KillAfter(1))
-    run(folder_of("llama"), seed=5)
+    run(folder_of("llama"), seed=5, overwrite=True)
     assert "starting anew" in caplog.text
 
 
@@ -572,6 +573,30 @@ def test_killed_on_the_way_to_a_target_and_continued_is_uninterrupted(
         assert (continued / name).read_text() == (whole / name).read_text()
 
 
+def test_killed_among_the_settings_and_continued_is_uninterrupted(
+    four_blocks: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks whose settings were tried are not tried again."""
+    aim = {"target_bits": 4.6}
+    whole = run(four_blocks, TARGET, "whole", **aim)
+    with pytest.raises(Killed):
+        run(four_blocks, TARGET, "killed", progress=KillAfter(3, "trying settings"), **aim)
+    tried: list[Any] = []
+    options = Sample.options
+
+    def noted(sample: Sample, *given: Any) -> Any:
+        tried.append(sample)
+        return options(sample, *given)
+
+    monkeypatch.setattr(Sample, "options", noted)
+    continued = run(four_blocks, TARGET, "killed", **aim)
+    inputs_of_a_block = 4  # of q, k and v; o; gate and up; down
+    assert len(tried) == inputs_of_a_block
+    assert tensors_of(continued) == tensors_of(whole)
+    for name in ("config.json", "curves.csv"):
+        assert (continued / name).read_text() == (whole / name).read_text()
+
+
 def test_every_stage_says_how_far_it_is(four_blocks: Path, run: Run) -> None:
     bar = Watched()
     config = replace(TARGET, token_weights=True)
@@ -590,7 +615,7 @@ def test_another_target_does_not_continue(
 ) -> None:
     with pytest.raises(Killed):
         run(folder_of("llama"), TARGET, progress=KillAfter(1), target_bits=4.8)
-    run(folder_of("llama"), TARGET, target_bits=5.0)
+    run(folder_of("llama"), TARGET, target_bits=5.0, overwrite=True)
     assert "starting anew" in caplog.text
 
 

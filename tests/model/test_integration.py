@@ -172,6 +172,13 @@ def test_a_damaged_checkpoint_is_refused(
         load_model(str(folder))
 
 
+def test_a_shard_that_is_cut_short_is_refused(folder: Path) -> None:
+    shard = folder / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not a whole safetensors file"):
+        load_model(str(folder))
+
+
 def test_another_format_version_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99

@@ -267,7 +267,7 @@ def test_other_steps_do_not_continue(
         patched.setattr(CheckpointWriter, "write_rest", killed)
         with pytest.raises(Killed):
             run(folder_of("llama"))
-    run(folder_of("llama"), tune_model=2)
+    run(folder_of("llama"), tune_model=2, overwrite=True)
     assert "starting anew" in caplog.text
 
 

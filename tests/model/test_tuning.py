@@ -405,7 +405,7 @@ def test_other_steps_do_not_continue(
 ) -> None:
     with pytest.raises(Killed):
         run(folder_of("llama"), progress=KillAfter(1))
-    run(folder_of("llama"), tune=5)
+    run(folder_of("llama"), tune=5, overwrite=True)
     assert "starting anew" in caplog.text
 
 
