@@ -144,7 +144,9 @@ def compress(
     if tune_codes and not tune_model:
         raise ConfigError("tune_codes trains codes with a whole model; give tune_model")
     target = None if target_bits is None else Target(target_bits, per_layer)
+    progress = Silent() if progress is None else progress
     with clock("prepare"), torch.no_grad():
+        progress.set_postfix_str("reading the model")
         source = open_source(model)
         check_dense(source.config)
         check_causal(source.config)
@@ -160,13 +162,15 @@ def compress(
             tune_model,
             tune_codes,
         )
+        progress.set_postfix_str("reading its tokenizer")
         tokenizer = source.tokenizer()
         if job.calibrates:
+            progress.set_postfix_str("reading text")
             job.calibrate_on(load_texts(dataset, tokenizer), nsamples, seqlen, seed, batch_size)
             job.offload = offload_activations or job.activations_crowd()
         job.open(out, overwrite)
     with torch.no_grad(), closing(job.weights), closing(job.behind):
-        return job.run(Silent() if progress is None else progress)
+        return job.run(progress)
 
 
 class Compression:

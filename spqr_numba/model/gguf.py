@@ -87,7 +87,10 @@ class GgufSource:
         try:
             return auto_class.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(f"cannot read {self.path}: {error}") from error
+            raise CheckpointError(
+                f"cannot read {self.path}; is it whole, and of a model that transformers knows?"
+                f" ({error})"
+            ) from error
 
 
 class GgufWeights:

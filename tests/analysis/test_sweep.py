@@ -340,7 +340,9 @@ def test_progress_is_whole_when_all_is_done(
         list(sweep(dense, settings, texts, tmp_path, progress=bar, **quick))
         assert bar.done == bar.total == total
     assert all(label.startswith("1 of 1: paper, seed 0") for label in bar.labels)
-    assert bar.labels[1].endswith(": model.layers.0")
+    told = [label.rpartition(": ")[2] for label in bar.labels[1:5]]
+    reading = ["reading the model", "reading its tokenizer", "reading text"]
+    assert told == [*reading, "model.layers.0"]
     assert bar.labels[-1].endswith(": perplexity")
 
 
