@@ -127,19 +127,19 @@ def _compress(
     model: str | None, out: Path, config: SpqrConfig, options: dict[str, Any]
 ) -> CompressionReport:
     """Run with a bar; say what Ctrl-C leaves."""
+    from spqr_numba.model.checkpoint import finished_blocks, partial_of
     from spqr_numba.model.compress import compress as run
 
     try:
         with progress_bar(description="preparing") as bar:
             return run(model, out, config, progress=bar, **options)
     except KeyboardInterrupt:
-        partial = out.with_name(f"{out.name}.partial")
+        partial = partial_of(out)
         if not partial.exists():
             raise
-        finished = len(list(partial.glob("model-*.safetensors")))
         raise Interrupted(
-            f"interrupted; {partial} keeps what is finished (blocks: {finished}): run the same"
-            " command again to go on behind it, or delete that folder"
+            f"interrupted; {partial} keeps what is finished (blocks: {finished_blocks(partial)}):"
+            " run the same command again to go on behind it, or delete that folder"
         ) from None
 
 

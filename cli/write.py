@@ -106,10 +106,10 @@ def _checked(file: str | None, overwrite: bool) -> Path:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise click.UsageError(f"there is no folder {path.parent} to write {path.name} into")
-    probe = path.with_name(f"{path.name}.tmp")
+    from spqr_numba.files import check_writable
+
     try:  # now, and not when all is written
-        probe.touch()
-        probe.unlink()
+        check_writable(path)
     except OSError as error:
         raise click.UsageError(
             f"nothing can be written into the folder {folder}: {error.strerror}"

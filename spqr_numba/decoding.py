@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .errors import NumericsError
-from .nn import compile_joined_kernels, compile_kernels
+from .kernels_ahead import compile_joined_kernels, compile_kernels
 from .sampling import Chooser
 
 __all__ = ["Decoding", "Steps", "cache_length", "decode_one_token", "make_cache", "prefill"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["sync", "write_whole"]
+__all__ = ["check_writable", "sync", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], object], wait: bool = False) -> None:
@@ -15,7 +15,7 @@ def write_whole(path: Path, write: Callable[[Path], object], wait: bool = False)
     What could not be written whole is not left there either. It may be read as other new files are,
     whatever `write` says.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = _beside(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -27,6 +27,17 @@ def write_whole(path: Path, write: Callable[[Path], object], wait: bool = False)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where `write_whole` could not begin with a path."""
+    temporary = _beside(path)
+    temporary.touch()
+    temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
 
 
 def sync(path: Path) -> None:

@@ -54,6 +54,12 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on the CPU hold their weight as they would on a GPU."""
+    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of the products; layers of the CPU are as those of a GPU, and multiply by W_hat."""
     rows: list[int] = []
@@ -68,7 +74,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return F.linear(x, dequantize(matrix, x.dtype), bias)
 
     monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu", "cuda"))
-    monkeypatch.setattr("spqr_numba.nn.launchers_of", lambda *product: [])
+    monkeypatch.setattr("spqr_numba.kernels_ahead.launchers_of", lambda *product: [])
     monkeypatch.setattr("spqr_numba.nn.matmul", multiply)
     monkeypatch.setattr("spqr_numba.operators.matmul", multiply)
     monkeypatch.setattr("spqr_numba.kernels.feed.matmul", multiply)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +11,9 @@ from torch.nn import functional as F
 from spqr_numba import nn as nn_module
 from spqr_numba.bench.random_matrix import random_matrix
 from spqr_numba.errors import FormatError, InputError
-from spqr_numba.kernels.feed import GATE, NORM
-from spqr_numba.kernels.prepared import PreparedMatrix
-from spqr_numba.nn import SpqrLinear, compile_joined_kernels, compile_kernels, join_siblings
+from spqr_numba.nn import SpqrLinear, join_siblings
 
 from .problems import make_spec
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers on the CPU hold their weight as they would on a GPU."""
-    monkeypatch.setattr("spqr_numba.nn.PREPARED_ON", ("cpu",))
 
 
 def make_layer(bias: bool = True, seed: int = 0, **settings: int) -> SpqrLinear:
@@ -179,57 +170,6 @@ def test_siblings_are_joined_once_and_part_where_they_move(
     assert first.runs is not second.runs
     monkeypatch.undo()
     assert same_tensors(other.to(torch.float32).state_dict(), before)
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The products whose kernels are looked for: rows, dtype, count and feed."""
-    found: list[Any] = []
-
-    def note(weight: PreparedMatrix, *product: Any) -> list[Any]:
-        found.append((weight.spec.out_features, *product))
-        return []
-
-    monkeypatch.setattr("spqr_numba.nn._asked", set())
-    monkeypatch.setattr("spqr_numba.nn.launchers_of", note)
-    return found
-
-
-@pytest.mark.usefixtures("prepared")
-def test_kernels_are_asked_for_once(asked: list[Any]) -> None:
-    """For all weights that differ, and all numbers of inputs."""
-    model = nn.Sequential(nn.Linear(2, 2).bfloat16(), make_layer(), make_layer(seed=1))
-    compile_kernels(model, 7, 1)
-    assert asked == [(48, torch.bfloat16, 7, None), (48, torch.bfloat16, 1, None)]
-    model.append(make_layer(bits=2))
-    compile_kernels(model, 1)
-    assert asked[2:] == [(48, torch.bfloat16, 1, None)]
-
-
-@pytest.mark.usefixtures("prepared")
-def test_kernels_of_compiled_blocks(asked: list[Any]) -> None:
-    model = nn.ModuleList(
-        [nn.LayerNorm(2), make_layer(), make_layer(bias=False), make_layer(bits=2)]
-    )
-    join_siblings(model)
-    compile_joined_kernels(model, 1)
-    assert asked == [(96, torch.float32, 1, NORM), (48, torch.float32, 1, GATE)]
-    compile_joined_kernels(model, 3)
-    assert asked[2:] == [(96, torch.float32, 3, None), (48, torch.float32, 3, None)]
-
-
-def test_there_is_nothing_to_compile(asked: list[Any]) -> None:
-    for model in (make_layer(), nn.Linear(2, 2), object()):
-        compile_kernels(model, 1)
-        compile_joined_kernels(model, 1)
-    assert not asked
-
-
-@pytest.mark.gpu
-def test_kernels_of_autocast(asked: list[Any]) -> None:
-    with torch.autocast("cuda", torch.bfloat16):
-        compile_kernels(make_layer().to("cuda"), 7)
-    assert asked == [(48, torch.bfloat16, 7, None)]
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import DataError, InputError, NumericsError
-from ..nn import compile_kernels
+from ..kernels_ahead import compile_kernels
 
 __all__ = ["perplexity", "perplexity_beside"]
 

@@ -70,9 +70,9 @@ def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
     if "target" not in weight.tensors:
         return x
     ordered = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns, needed = x.shape[-1], row_bytes(weight)
+    columns, needed = x.shape[-1], x.shape[-1] * HALF_BYTES
     as_it_lies = x.is_contiguous() and x.data_ptr() % LOAD_BYTES == 0
-    if not (as_it_lies and can_order(x.dtype, needed, x.device) and x.numel()):
+    if not (as_it_lies and can_order(weight, x.dtype) and x.numel()):
         return ordered.index_copy_(-1, weight["target"].to(torch.int64), x)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     given = *addresses(weight), x.data_ptr(), ordered.data_ptr()
@@ -85,20 +85,16 @@ def stored_inputs(x: torch.Tensor, weight: PreparedMatrix) -> torch.Tensor:
 def launchers_of(weight: PreparedMatrix, kind: torch.dtype, dtype: torch.dtype) -> list[Launcher]:
     """Of `stored_inputs` of a kind, as it lies, and of `dequantize_stored` to a dtype."""
     unit, outliers = UnitSpec.of(weight.spec), "runs" in weight.tensors
-    found, needed = [launcher_of(unit, dtype, outliers, weight.device)], row_bytes(weight)
-    if "target" in weight.tensors and can_order(kind, needed, weight.device):
+    found = [launcher_of(unit, dtype, outliers, weight.device)]
+    if "target" in weight.tensors and can_order(weight, kind):
         found.append(ordering_of(unit, weight.device))
     return found
 
 
-def row_bytes(weight: PreparedMatrix) -> int:
-    """Of an input of 16 bits."""
-    return HALF_BYTES * weight.spec.in_features
-
-
-def can_order(kind: torch.dtype, row_bytes: int, device: torch.device) -> bool:
-    """Whether the kernel that orders inputs takes such rows."""
-    whole = row_bytes % LOAD_BYTES == 0 and row_bytes <= shared_memory(device)
+def can_order(weight: PreparedMatrix, kind: torch.dtype) -> bool:
+    """Whether the kernel that orders inputs takes rows of a kind."""
+    needed = HALF_BYTES * weight.spec.in_features
+    whole = needed % LOAD_BYTES == 0 and needed <= shared_memory(weight.device)
     return kind.itemsize == HALF_BYTES and whole
 
 

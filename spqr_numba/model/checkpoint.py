@@ -17,10 +17,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,11 +35,19 @@ from ..errors import CheckpointError
 from ..files import sync, write_whole
 from .source import CONFIG_FILE, INDEX_FILE
 
-__all__ = ["CheckpointWriter", "WriteBehind", "amended", "check_free"]
+__all__ = [
+    "CheckpointWriter",
+    "WriteBehind",
+    "amended",
+    "check_free",
+    "finished_blocks",
+    "partial_of",
+]
 
 PROGRESS_FILE = "progress.json"
 HIDDEN = "hidden"
 KEPT = "kept-"
+SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -59,7 +69,7 @@ class CheckpointWriter:
     ) -> None:
         check_free(out, overwrite)
         self.out = out
-        self.partial = out.with_name(f"{out.name}.partial")
+        self.partial = partial_of(out)
         self._blocks = blocks
         self._shards = blocks + 1
         with self._reported("make the folder"):
@@ -146,13 +156,13 @@ class CheckpointWriter:
         """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
         found = self.read_text(PROGRESS_FILE)
         if found and json.loads(found)["fingerprint"] == fingerprint:
-            finished = self._count_finished()
+            finished = finished_blocks(self.partial)
             logger.warning(
                 "%s: continuing behind %d finished of %d blocks",
                 self.partial, finished, self._blocks,
             )  # fmt: skip
             return finished
-        if found and not overwrite and (finished := self._count_finished()):
+        if found and not overwrite and (finished := finished_blocks(self.partial)):
             raise CheckpointError(
                 f"{self.partial} holds {finished} finished blocks of another model, settings or"
                 " calibration; choose another folder, or overwrite them (--overwrite)"
@@ -169,12 +179,6 @@ class CheckpointWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         self.write_text(PROGRESS_FILE, json.dumps({"fingerprint": fingerprint}))
         return 0
-
-    def _count_finished(self) -> int:
-        finished = 0
-        while finished < self._blocks and self._shard_path(finished).is_file():
-            finished += 1
-        return finished
 
     def _shard_path(self, index: int) -> Path:
         return self.partial / f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
@@ -241,6 +245,18 @@ class WriteBehind:
     def close(self) -> None:
         """End the thread, when it has written what it was given."""
         self._thread.shutdown()
+
+
+def partial_of(out: Path) -> Path:
+    """Where OUT is while it is being made."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def finished_blocks(partial: Path) -> int:
+    """Blocks, from the first on, whose shards are there; the last shard is no block's."""
+    found = (SHARD.fullmatch(path.name) for path in partial.iterdir())
+    numbers = {int(shard[1]) for shard in found if shard and shard[1] != shard[2]}
+    return next(index for index in count() if index + 1 not in numbers)
 
 
 def amended(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from spqr_numba.errors import CheckpointError
 from spqr_numba.model import checkpoint
-from spqr_numba.model.checkpoint import CheckpointWriter, WriteBehind
+from spqr_numba.model.checkpoint import CheckpointWriter, WriteBehind, finished_blocks
 
 
 def block(index: int) -> dict[str, torch.Tensor]:
@@ -120,6 +120,16 @@ def test_a_run_without_a_finished_block_is_no_loss(
     CheckpointWriter(tmp_path / "out", 3, "a")
     CheckpointWriter(tmp_path / "out", 3, "b")
     assert "starting anew" in caplog.text
+
+
+def test_blocks_of_a_deeper_model_are_seen(tmp_path: Path) -> None:
+    """Whose shards have other names; the one that is no block's does not count."""
+    writer = CheckpointWriter(tmp_path / "out", 3, "a")
+    write(writer, range(3))
+    writer.write_rest({"embed.weight": torch.ones(3)})
+    assert finished_blocks(writer.partial) == 3
+    with pytest.raises(CheckpointError, match=r"partial holds 3 finished blocks of another model"):
+        CheckpointWriter(tmp_path / "out", 5, "b")
 
 
 def test_shards_are_as_readable_as_other_new_files(tmp_path: Path) -> None:
