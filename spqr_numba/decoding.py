@@ -119,8 +119,11 @@ def _forward(state: Decoding, tokens: torch.Tensor) -> torch.Tensor:
     if mask is not None and not state.cache.is_compileable:
         mask = mask[:, : state.step + tokens.shape[1]]
     inputs = {"attention_mask": mask, "past_key_values": state.cache, "use_cache": True}
-    if "position_ids" in inspect.signature(state.model.forward).parameters:
+    takes = inspect.signature(state.model.forward).parameters
+    if "position_ids" in takes:
         inputs["position_ids"] = state.positions
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = 1  # of a long prompt the others take time and gigabytes
     with state.around:
         logits = state.model(tokens, **inputs).logits[:, -1]
     state.step += tokens.shape[1]

@@ -92,6 +92,16 @@ def test_a_static_cache_counts_in_tensors_alone() -> None:
     assert {layer.get_max_length() for layer in cache.layers} == {20}
 
 
+@FAMILIES
+def test_only_the_last_token_of_a_prompt_is_predicted_from(family: str) -> None:
+    """The logits of all would be more bytes than some models."""
+    model, counts = make_model(family), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    tokens(model)
+    assert {*counts} == {1}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_kernels_are_compiled_first(
     compiled: bool, backend: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
