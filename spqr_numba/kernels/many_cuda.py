@@ -176,6 +176,7 @@ def starting_function(spec: ManySpec) -> Any:
     return start
 
 
+@cache
 def input_fetcher(spec: ManySpec, in_unit: int) -> Any:
     """fetch(weight, staged, unit, zero): x' of a unit's strip on its way; for one thread."""
     strip_bytes, stage = spec.strip_bytes, in_unit % STAGES

@@ -7,6 +7,7 @@ a product, with what the strip's outliers add (patch_cuda.py).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,6 +120,7 @@ def ahead_copier(spec: ManySpec, octet: int, half: int) -> Any:
     return copy_ahead
 
 
+@cache
 def block_place(spec: ManySpec, block: int) -> Any:
     """block_of(own, unit) -> where the codes of its block are; blocks take turns along the tile."""
     block_bytes, blocks, first = spec.unit.block_bytes, spec.unit.blocks, spec.blocks
@@ -130,6 +132,7 @@ def block_place(spec: ManySpec, block: int) -> Any:
     return block_of
 
 
+@cache
 def statistics_place(spec: ManySpec) -> Any:
     """statistics_of(own, unit) -> where they are."""
     statistics_bytes, first = spec.statistics_bytes, spec.statistics
@@ -141,6 +144,7 @@ def statistics_place(spec: ManySpec) -> Any:
     return statistics_of
 
 
+@cache
 def run_place(spec: ManySpec) -> Any:
     """run_in(own, segment) -> where its run is."""
     run_bytes, runs = spec.run_bytes, spec.runs
@@ -152,6 +156,7 @@ def run_place(spec: ManySpec) -> Any:
     return run_in
 
 
+@cache
 def record_finder(spec: ManySpec) -> Any:
     """record_of(weight, tile, unit) -> address of its codes and statistics."""
     record_bytes = spec.unit.record_bytes
@@ -165,6 +170,7 @@ def record_finder(spec: ManySpec) -> Any:
     return record_of
 
 
+@cache
 def block_copier(spec: ManySpec, block: int) -> Any:
     """copy_block(weight, tile, unit): codes of one of its blocks, by lanes: registers are scarce
     where they are read."""
@@ -182,6 +188,7 @@ def block_copier(spec: ManySpec, block: int) -> Any:
     return copy_block
 
 
+@cache
 def statistics_copier(spec: ManySpec) -> Any:
     """copy_statistics(weight, tile, unit): the first level, then the second."""
     unit, statistics_of, copy_ahead = spec.unit, statistics_place(spec), copier(0)
@@ -202,6 +209,7 @@ def statistics_copier(spec: ManySpec) -> Any:
     return copy_statistics
 
 
+@cache
 def tile_run_copier(spec: ManySpec) -> Any:
     """copy_tile_run(weight, tile, segment): as much of a run as has room."""
     run_in, copy_run, outliers = run_place(spec), run_copier(spec.patch), spec.outliers

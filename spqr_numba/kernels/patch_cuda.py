@@ -11,6 +11,7 @@ own. Two lanes share a row; they take its entries in turns, with a cursor each.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ NO_ENTRY = 0xFFFF  # a column behind all others
 int32: Any = np.int32
 
 
+@cache
 def segment_finder(unit_columns: int) -> Any:
     """segment_of(unit) -> the segment that a unit is in."""
     shift = (SEGMENT_COLUMNS // unit_columns).bit_length() - 1
@@ -50,6 +52,7 @@ def segment_finder(unit_columns: int) -> Any:
     return segment_of
 
 
+@cache
 def patch_clearer(spec: PatchSpec) -> Any:
     """clear_patch(patch, lane): all of it."""
     end, step_bytes = spec.bytes, 8 * LANES
@@ -64,6 +67,7 @@ def patch_clearer(spec: PatchSpec) -> Any:
     return clear_patch
 
 
+@cache
 def run_copier(spec: PatchSpec) -> Any:
     """copy_run(weight, tile, segment, to, lane): as much of a run as has room, on its way."""
     room, copy_ahead = spec.run_bytes, copier(0)
@@ -80,6 +84,7 @@ def run_copier(spec: PatchSpec) -> Any:
     return copy_run
 
 
+@cache
 def run_opener(spec: PatchSpec) -> Any:
     """open_run(weight, tile, segment, at, first, lane) -> cursor: the lane's first entry from a
     column of the segment on; at: shared address of the run."""
@@ -102,6 +107,7 @@ def run_opener(spec: PatchSpec) -> Any:
     return open_run
 
 
+@cache
 def entry_reader(spec: PatchSpec) -> Any:
     """entry_at(weight, tile, segment, at, k, end) -> entry k of a run; one behind all columns where
     the row has no more."""
@@ -119,6 +125,7 @@ def entry_reader(spec: PatchSpec) -> Any:
     return entry_at
 
 
+@cache
 def outlier_putter(spec: PatchSpec) -> Any:
     """put(weight, tile, segment, at, first, patch, lane, cursor) -> cursor: what is in the spec's
     columns from `first` of the segment on, into the patch."""

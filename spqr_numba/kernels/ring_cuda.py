@@ -13,6 +13,7 @@ do (25.0 to 21.4 at 8192 x 8192 with eight).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ copy_load = copier(0)
 int32: Any = np.int32
 
 
+@cache
 def ring_function(spec: KernelSpec) -> Any:
     """ring_of(plan, work, zeros) -> address of the warp's ring."""
     ring_bytes = spec.stages * spec.place_bytes
@@ -57,6 +59,7 @@ def earlier_copies_done(spec: KernelSpec, places: int) -> Any:
     return copies_done(0 if spec.copy_engine else places)
 
 
+@cache
 def ring_starters(spec: KernelSpec) -> tuple[Any, Any]:
     """start_ring(weight, plan, work, part, first, zeros): the warp's items that the ring takes
     first are on their way; and fill_ring(...): those that it has room for besides. Neither needs
@@ -112,6 +115,7 @@ def ring_walker(spec: KernelSpec, multiply: Any) -> Any:
 # --- Waiting for what has been asked for
 
 
+@cache
 def ring_keepers(spec: KernelSpec) -> tuple[Any, Any]:
     """open_ring(ring, lane): a ring in which nothing is; and close_ring(...), behind its last
     item."""
@@ -170,6 +174,7 @@ def item_waiters(spec: KernelSpec) -> tuple[Any, Any]:
 # --- Asking for it
 
 
+@cache
 def filler(spec: KernelSpec, find_run: Any) -> Any:
     """fill(weight, plan, work, part, item, to, zeros): an item on its way to a place of the ring.
     Of one that does not exist (a part has fewer) nothing is copied.
@@ -205,6 +210,7 @@ def filler(spec: KernelSpec, find_run: Any) -> Any:
     return fill
 
 
+@cache
 def askers(spec: KernelSpec) -> tuple[Any, Any, Any]:
     """ask_for_unit(weight, tile, unit, to, lane), ask_for_run(source, count, to, lane) and
     ask_for_nothing(to): of the copy engine, or the lanes' own."""
@@ -218,6 +224,7 @@ def askers(spec: KernelSpec) -> tuple[Any, Any, Any]:
     return unit_filler(spec.unit), fill_run, ask_for_nothing
 
 
+@cache
 def engine_askers(spec: UnitSpec) -> tuple[Any, Any, Any]:
     """Of one lane."""
     unit_bytes, record_bytes, second_bytes = spec.bytes, spec.record_bytes, spec.second_bytes
@@ -244,6 +251,7 @@ def engine_askers(spec: UnitSpec) -> tuple[Any, Any, Any]:
     return ask_for_unit, ask_for_run, ask_for_nothing
 
 
+@cache
 def unit_filler(spec: UnitSpec) -> Any:
     """fill_unit(weight, tile, unit, to, lane): one unit, by the lanes."""
     record_bytes, second_bytes = spec.record_bytes, spec.second_bytes

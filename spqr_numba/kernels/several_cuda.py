@@ -238,6 +238,7 @@ def tile_loads(spec: KernelSpec) -> int:
     return spec.slot_bytes // LOAD_BYTES
 
 
+@cache
 def own_tiles_function(spec: KernelSpec) -> Any:
     """own_tiles(work) -> how many of the cluster's tiles are the block's: each `ranks`-th."""
     ranks, divide_by_ranks = spec.ranks, divider(spec.ranks)

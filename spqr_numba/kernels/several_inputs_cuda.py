@@ -11,6 +11,7 @@ In a group the columns are in the order in which a product of tensor cores takes
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,7 @@ def padding(spec: KernelSpec) -> Any:
     return clear_padding
 
 
+@cache
 def place_function(spec: KernelSpec) -> Any:
     """place_of(column) -> where x' of the first eight inputs lies; columns of the part.
 
@@ -259,6 +261,7 @@ def eights_putter(spec: KernelSpec) -> Any:
     return put_eights
 
 
+@cache
 def column_maker(spec: KernelSpec, half: int) -> Any:
     """column_of(words, zeros) -> words of a column: of inputs' words the lower or the upper half,
     two to a word; a bf16 input over its power of two."""

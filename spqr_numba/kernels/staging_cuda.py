@@ -237,6 +237,7 @@ def exponent_for(found):
     return int32(min(max(exponent, -MOST_EXPONENT), MOST_EXPONENT))
 
 
+@cache
 def permuting_function(spec: KernelSpec) -> Any:
     """permute(weight, x, beside, ratio, factor, start, thread, targets): the input times a factor,
     as fp16, where `target` says; at first `targets`."""

@@ -18,6 +18,7 @@ ring_cuda.py brings a warp its items, one after the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -215,6 +216,7 @@ def find_addresses(weight: PreparedMatrix) -> Weight:
     )
 
 
+@cache
 def stretches_function(spec: KernelSpec) -> Any:
     """first_item_of(warp, items): where a warp's stretch of a slab's items begins; the next one's
     is where it ends."""
@@ -227,6 +229,7 @@ def stretches_function(spec: KernelSpec) -> Any:
     return first_item_of
 
 
+@cache
 def parts_function(spec: KernelSpec) -> Any:
     """part_of(weight, plan, rank, slab) -> Part."""
     more, divide_by_units = spec.segment_units - 1, divider(spec.segment_units)
@@ -243,6 +246,7 @@ def parts_function(spec: KernelSpec) -> Any:
     return part_of
 
 
+@cache
 def columns_function(spec: KernelSpec) -> Any:
     """columns_of(weight, part) -> the first column of x' that a part needs, and their end."""
     columns = spec.unit.columns
