@@ -88,7 +88,7 @@ __all__ = ["compress"]
     help="With --target-bits: choose all of these for each layer, or outlier thresholds alone."
     "  [default: per layer]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a compressed model.")
 def compress(model: str | None, out: str | None, as_json: bool, **options: Any) -> None:
     """Compress MODEL into the folder OUT.
 
@@ -99,6 +99,8 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
         model, out = None, model
     if out is None:
         raise click.UsageError("missing argument 'OUT', the folder to write")
+    if model is None:
+        _check_out_alone(out)
     options["target_bits"] = target_bits_from(options)
     _check_choice(options)
     config = config_from(options)
@@ -109,6 +111,16 @@ def compress(model: str | None, out: str | None, as_json: bool, **options: Any) 
         )
     report = _compress(model, Path(out).expanduser(), config, options)
     emit(report.to_dict(), as_json, lambda: _show(report, options["target_bits"]))
+
+
+def _check_out_alone(out: str) -> None:
+    """Refuse a model where the folder to write is asked for, and say which model goes there."""
+    from spqr_numba.model.checkpoint import replaceable
+
+    path = Path(out).expanduser()
+    if path.is_file() or ((path / "config.json").is_file() and not replaceable(path)):
+        raise click.UsageError(f"missing argument 'OUT', the folder to write: {out} is a MODEL")
+    note(f"no MODEL is named: the bundled one is compressed into {out}")
 
 
 def _check_choice(options: dict[str, Any]) -> None:
@@ -138,8 +150,8 @@ def _compress(
         if not partial.exists():
             raise
         raise Interrupted(
-            f"interrupted; {partial} keeps what is finished (blocks: {finished_blocks(partial)}):"
-            " run the same command again to go on behind it, or delete that folder"
+            f"interrupted; {partial} keeps what is finished (blocks: {finished_blocks(partial)})"
+            " and tried: run the same command again to go on behind it, or delete that folder"
         ) from None
 
 

@@ -88,9 +88,11 @@ class Session:
         result = self._generate([prompt], stream=True)[0]
         click.echo()
         start_up = f", ready in {result.start_up_seconds:.2f} s" if result.start_up_seconds else ""
+        cut_off = not result.ended and len(result.tokens) < self._max_new_tokens
         note(
             f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s"
             f" (prompt: {result.prompt_tokens} tokens in {result.prefill_seconds:.2f} s{start_up})"
+            + ("; the model's context is full" if cut_off else "")
         )
         return result
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import finalize
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +35,13 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
 from ..files import sync, write_whole
+from .registration import METHOD
 from .source import CONFIG_FILE, INDEX_FILE
+
+try:
+    import fcntl
+except ImportError:  # where there is no POSIX
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "CheckpointWriter",
@@ -42,6 +50,7 @@ __all__ = [
     "check_free",
     "finished_blocks",
     "partial_of",
+    "replaceable",
 ]
 
 PROGRESS_FILE = "progress.json"
@@ -49,6 +58,7 @@ HIDDEN = "hidden"
 KEPT = "kept-"
 SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CLAIMED = (errno.EACCES, errno.EAGAIN)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +71,8 @@ class CheckpointWriter:
     fingerprint   of everything that shapes the result; a partial run is continued only if equal
     overwrite     replace OUT, once the new one is whole, and blocks of a run with other settings
 
-    Raises CheckpointError where either is there and overwrite is not set, or OUT cannot be made.
+    Raises CheckpointError where either is there and overwrite is not set, or OUT cannot be made, or
+    another process is making it.
     """
 
     def __init__(
@@ -155,6 +166,8 @@ class CheckpointWriter:
     def _resume(self, fingerprint: str, overwrite: bool) -> int:
         """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
         found = self.read_text(PROGRESS_FILE)
+        if found:
+            self._claim()
         if found and json.loads(found)["fingerprint"] == fingerprint:
             finished = finished_blocks(self.partial)
             logger.warning(
@@ -178,7 +191,24 @@ class CheckpointWriter:
             )
         self.partial.mkdir(parents=True, exist_ok=True)
         self.write_text(PROGRESS_FILE, json.dumps({"fingerprint": fingerprint}))
+        self._claim()
         return 0
+
+    def _claim(self) -> None:
+        """Let no other process write into the folder while this one lives."""
+        if fcntl is None:
+            return
+        claimed = os.open(self.partial / PROGRESS_FILE, os.O_RDWR)
+        finalize(self, os.close, claimed)
+        try:
+            fcntl.lockf(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in CLAIMED:
+                raise CheckpointError(
+                    f"another process is writing {self.partial}; wait for it, or choose another"
+                    " folder"
+                ) from None
+            logger.debug("%s cannot be claimed: %s", self.partial, error)
 
     def _shard_path(self, index: int) -> Path:
         return self.partial / f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
@@ -266,12 +296,39 @@ def amended(
     return {name: changes.get(name, tensor) for name, tensor in tensors.items()}
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where OUT exists and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists; choose another folder, or overwrite it (--overwrite)")
-    if out.exists() and not out.is_dir():
+def check_free(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raise CheckpointError where OUT may not be made, or exists and may not be replaced.
+
+    Nothing but a compressed model, or an empty folder, is ever replaced, nor what holds `source`.
+    """
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{out} does not name the folder to write; give its name")
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise CheckpointError(f"{out} is a file, and a model is a folder; choose another name")
+    if source is not None and out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CheckpointError(f"{out} holds the model to compress; choose another folder")
+    if not replaceable(out):
+        raise CheckpointError(
+            f"{out} exists and is no compressed model, which alone --overwrite would replace;"
+            " choose another folder"
+        )
+    if not overwrite:
+        raise CheckpointError(f"{out} exists; choose another folder, or overwrite it (--overwrite)")
+
+
+def replaceable(out: Path) -> bool:
+    """Whether a folder is empty, or what `CheckpointWriter.finish` has left, and no model in it."""
+    if not any(out.iterdir()):
+        return True
+    try:
+        config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = config["quantization_config"]
+        ours = settings["quant_method"] == METHOD and "format_version" in settings
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return ours and not any(out.glob(f"*/{CONFIG_FILE}"))
 
 
 def _move_into_place(whole: Path, out: Path) -> None:

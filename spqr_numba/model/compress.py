@@ -118,7 +118,7 @@ def compress(
     tune         steps of training each block once it is quantized (tuning.py); 0 for none
     tune_model   steps of training all blocks together behind that (model_tuning.py); 0 for none
     tune_codes   with tune_model, train codes too
-    overwrite    replace `out` if it exists
+    overwrite    replace `out` if it is a compressed model, or empty
     batch_size   windows run at once; None makes batches of about 4096 tokens
     target_bits  choose bits, group_size, the bits of scales and zeros and outlier_threshold of the
                  linears of each input so that the whole comes to so many bits a weight, spent where
@@ -136,7 +136,7 @@ def compress(
     NumericsError for what their names say.
     """
     out = Path(out).expanduser()
-    check_free(out, overwrite)
+    check_free(out, overwrite, Path(model).expanduser() if isinstance(model, str) else None)
     clock = Clock(device)
     if config is None:
         config = PRESETS[DEFAULT_PRESET]

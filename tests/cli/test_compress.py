@@ -317,9 +317,28 @@ def test_out_exists(run: Run, dense: Path, text: Path, tmp_path: Path) -> None:
     assert "--overwrite" in result.stderr
     assert [path.name for path in out.iterdir()] == ["precious"]
 
-    assert run(f"{line} --overwrite").exit_code == 0
-    assert not (out / "precious").exists()
+    assert run(f"{line} --overwrite").exit_code == 1  # it is no compressed model
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    (out / "precious").unlink()
+    for _ in range(2):
+        assert run(f"{line} --overwrite").exit_code == 0
     assert (out / "config.json").exists()
+
+
+def test_a_model_is_no_folder_to_write(run: Run, dense: Path) -> None:
+    before = sorted(path.name for path in dense.iterdir())
+    for line in (f"compress {dense}", f"compress {dense} --overwrite"):
+        result = run(line)
+        assert result.exit_code == 2
+        assert f"missing argument 'OUT', the folder to write: {dense} is a MODEL" in result.stderr
+    assert sorted(path.name for path in dense.iterdir()) == before
+
+
+def test_the_bundled_model_is_named(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(f"compress {out} --preset paper --no-token-weights {QUICK} --json")
+    assert result.exit_code == 0, result.output
+    assert f"the bundled one is compressed into {out}" in result.stderr
 
 
 def test_no_space_left(

@@ -27,6 +27,15 @@ def test_one_prompt(run: Run, request: pytest.FixtureRequest, model: str, raw: b
     assert re.search(r"6 tokens, [\d.]+ tokens/s \(prompt: \d+ tokens", result.stderr)
 
 
+def test_a_full_context_is_told(run: Run, dense: Path) -> None:
+    room = load_model(str(dense))[0].config.max_position_embeddings
+    result = run(f"generate {dense} -p hi -n {room + 1} --raw")
+    assert re.search(
+        rf"^{room - 2} tokens, .*\); the model's context is full$", result.stderr, re.M
+    )
+    assert "context" not in run(f"generate {dense} -p hi -n {room - 2} --raw").stderr
+
+
 def test_sampling_is_seeded(run: Run, dense: Path) -> None:
     line = f"generate {dense} -p hi -n 8 --temperature 2 --top-k 200 --top-p 0.99 --raw --json"
     first, again, other = (

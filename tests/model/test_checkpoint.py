@@ -3,9 +3,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any, cast
 
 import pytest
@@ -14,7 +16,12 @@ from safetensors.torch import load_file
 
 from spqr_numba.errors import CheckpointError
 from spqr_numba.model import checkpoint
-from spqr_numba.model.checkpoint import CheckpointWriter, WriteBehind, finished_blocks
+from spqr_numba.model.checkpoint import (
+    CheckpointWriter,
+    WriteBehind,
+    check_free,
+    finished_blocks,
+)
 
 
 def block(index: int) -> dict[str, torch.Tensor]:
@@ -22,6 +29,9 @@ def block(index: int) -> dict[str, torch.Tensor]:
 
 
 HIDDEN = torch.arange(6.0).view(1, 2, 3)
+DENSE = '{"model_type": "llama"}'
+GPTQ = '{"quantization_config": {"quant_method": "gptq"}}'
+OURS = '{"quantization_config": {"quant_method": "spqr", "format_version": 1}}'
 
 
 def write(writer: CheckpointWriter, blocks: range) -> None:
@@ -154,6 +164,60 @@ def test_out_exists(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "config", [None, "{", "[]", "{}", '{"quantization_config": 3}', DENSE, GPTQ]
+)
+def test_nothing_but_a_compressed_model_is_replaced(tmp_path: Path, config: str | None) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    if config is not None:
+        (out / "config.json").write_text(config)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="out exists and is no compressed model"):
+            CheckpointWriter(out, 1, "a", overwrite=overwrite)
+    assert (out / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nor_one_that_holds_a_model(tmp_path: Path) -> None:
+    out, within = tmp_path / "out", tmp_path / "out" / "within"
+    within.mkdir(parents=True)
+    (out / "config.json").write_text(OURS)
+    check_free(out, overwrite=True)
+    with pytest.raises(CheckpointError, match="out holds the model to compress"):
+        check_free(out, overwrite=True, source=out / "model.gguf")
+    (within / "config.json").write_text(DENSE)
+    with pytest.raises(CheckpointError, match="out exists and is no compressed model"):
+        check_free(out, overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".", "..", "out/.."])
+def test_a_folder_has_a_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="does not name the folder"):
+        check_free(Path(name), overwrite=True)
+
+
+def test_one_process_writes_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    held = (
+        "import sys; from pathlib import Path\n"
+        "from spqr_numba.model.checkpoint import CheckpointWriter\n"
+        "writer = CheckpointWriter(Path(sys.argv[1]), 1, 'a')\n"
+        "print('writing', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", held, str(out)]
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        for fingerprint in "ab":
+            with pytest.raises(CheckpointError, match="another process is writing"):
+                CheckpointWriter(out, 1, fingerprint)
+        other.kill()
+    assert CheckpointWriter(out, 1, "a").finished_blocks == 0
+
+
 def test_out_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(CheckpointError, match="is a file, and a model is a folder"):
@@ -164,6 +228,7 @@ def test_overwriting_keeps_the_old_one_until_the_new_one_is_whole(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    (out / "config.json").write_text(OURS)
     writer = CheckpointWriter(out, 1, "a", overwrite=True)
     write(writer, range(1))
     assert (out / "old").read_text() == "old"
