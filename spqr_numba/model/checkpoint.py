@@ -69,6 +69,7 @@ class CheckpointWriter:
     out           where the model goes
     blocks        number of decoder blocks
     fingerprint   of everything that shapes the result; a partial run is continued only if equal
+    found_out     likewise, of what shapes all that is kept before the first block is finished
     overwrite     replace OUT, once the new one is whole, and blocks of a run with other settings
 
     Raises CheckpointError where either is there and overwrite is not set, or OUT cannot be made, or
@@ -76,7 +77,13 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out: Path, blocks: int, fingerprint: str, *, overwrite: bool = False
+        self,
+        out: Path,
+        blocks: int,
+        fingerprint: str,
+        found_out: str = "",
+        *,
+        overwrite: bool = False,
     ) -> None:
         check_free(out, overwrite)
         self.out = out
@@ -84,7 +91,8 @@ class CheckpointWriter:
         self._blocks = blocks
         self._shards = blocks + 1
         with self._reported("make the folder"):
-            self.finished_blocks = self._resume(fingerprint, overwrite)
+            run = {"fingerprint": fingerprint, "found_out": found_out}
+            self.finished_blocks = self._resume(run, overwrite)
 
     def write_block(
         self, index: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor | None
@@ -163,24 +171,27 @@ class CheckpointWriter:
             _move_into_place(self.partial, self.out)
             (self.out / PROGRESS_FILE).unlink()
 
-    def _resume(self, fingerprint: str, overwrite: bool) -> int:
+    def _resume(self, run: Mapping[str, str], overwrite: bool) -> int:
         """Blocks that an earlier run of the same fingerprint finished; makes the folder."""
-        found = self.read_text(PROGRESS_FILE)
-        if found:
+        text = self.read_text(PROGRESS_FILE)
+        if text:
             self._claim()
-        if found and json.loads(found)["fingerprint"] == fingerprint:
-            finished = finished_blocks(self.partial)
+        before = json.loads(text) if text else {}
+        finished = finished_blocks(self.partial) if text else 0
+        if before.get("fingerprint") == run["fingerprint"]:
             logger.warning(
                 "%s: continuing behind %d finished of %d blocks",
                 self.partial, finished, self._blocks,
             )  # fmt: skip
             return finished
-        if found and not overwrite and (finished := finished_blocks(self.partial)):
+        if finished and not overwrite:
             raise CheckpointError(
                 f"{self.partial} holds {finished} finished blocks of another model, settings or"
                 " calibration; choose another folder, or overwrite them (--overwrite)"
             )
-        if found:
+        if not finished and run["found_out"] and before.get("found_out") == run["found_out"]:
+            logger.warning("%s: going on with what was found out for other bits", self.partial)
+        elif before:
             logger.warning(
                 "%s is of another model, settings or calibration: starting anew", self.partial
             )
@@ -190,7 +201,7 @@ class CheckpointWriter:
                 f"{self.partial} exists and is no unfinished run of ours; move it away"
             )
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.write_text(PROGRESS_FILE, json.dumps({"fingerprint": fingerprint}))
+        self.write_text(PROGRESS_FILE, json.dumps(run))
         self._claim()
         return 0
 

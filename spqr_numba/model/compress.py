@@ -289,15 +289,18 @@ class Compression:
 
     def open(self, out: Path, overwrite: bool) -> None:
         """Start writing `out`, or go on with what an earlier run of the same job left."""
-        self.writer = CheckpointWriter(
-            out, len(self.blocks), self.fingerprint(), overwrite=overwrite
-        )
+        fingerprints = self.fingerprint(), self.fingerprint(of_bits=False)
+        self.writer = CheckpointWriter(out, len(self.blocks), *fingerprints, overwrite=overwrite)
         self.behind = WriteBehind(self.writer)
         self.rows = read_rows(self.writer.read_text(LAYERS_FILE), LayerRow)
         self.tuned = read_rows(self.writer.read_text(TUNING_FILE), TunedRow)
 
-    def fingerprint(self) -> str:
-        """A hash of everything that shapes the result."""
+    def fingerprint(self, of_bits: bool = True) -> str:
+        """A hash of everything that shapes the result, or all but the bits that it is to come to,
+        of which nothing depends before a block is finished."""
+        target = None if self.target is None else asdict(self.target)
+        if target is not None and not of_bits:
+            del target["bits"]
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
         parts = {
             "version": __version__,
@@ -310,7 +313,7 @@ class Compression:
             "tuning": None if self.tuning is None else asdict(self.tuning),
             "model_tuning": None if self.model_tuning is None else asdict(self.model_tuning),
             "tune_codes": self.tune_codes,
-            "target": None if self.target is None else asdict(self.target),
+            "target": target,
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -619,6 +619,22 @@ def test_another_target_does_not_continue(
     assert "starting anew" in caplog.text
 
 
+def test_what_was_tried_serves_another_target(
+    four_blocks: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before a block is finished nothing depends on the bits to come to."""
+    config = replace(TARGET, token_weights=True)
+    whole = run(four_blocks, config, "whole", target_bits=4.6)
+    with pytest.raises(ConfigError, match="reach"):
+        run(four_blocks, config, "out", target_bits=15)
+    monkeypatch.delattr("spqr_numba.model.compress.survey")
+    monkeypatch.delattr("spqr_numba.model.compress.token_sensitivities")
+    again = run(four_blocks, config, "out", target_bits=4.6)
+    assert "going on with what was found out for other bits" in caplog.text
+    assert tensors_of(again) == tensors_of(whole)
+    assert (again / "config.json").read_text() == (whole / "config.json").read_text()
+
+
 ALONE = {"per_layer": False}  # thresholds alone are chosen
 
 
