@@ -18,7 +18,7 @@ from ..format.layout import MatrixSpec
 from ..format.matrix import BUFFER_NAMES, SpqrMatrix
 from ..model.blocks import find_blocks, plan
 from ..model.quantizer import SpqrQuantizationConfig, empty_layer, stored_shapes
-from ..model.registration import METHOD
+from ..model.registration import is_ours
 from ..model.report import LAYERS_FILE, LayerRow, read_rows
 from ..model.skeleton import build_skeleton
 from ..model.source import FolderSource
@@ -163,7 +163,7 @@ def _summarize(
 
 def _our_config(source: FolderSource) -> Any:
     settings = getattr(source.config, "quantization_config", None) or {}
-    if settings.get("quant_method") != METHOD or "format_version" not in settings:
+    if not is_ours(settings):
         raise CheckpointError(
             f"{source.label} is not a model that `spqr compress` wrote: its config.json names"
             f" {settings.get('quant_method', 'no quantization')!r}"

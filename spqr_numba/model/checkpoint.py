@@ -4,7 +4,8 @@ Everything goes into `<OUT>.partial` first: one safetensors shard a block, one f
 hidden states that the next block starts from. A run that was killed finds its shards there and goes
 on behind the last one. When all is written, the folder gets its config and is renamed to OUT.
 
-    progress.json              fingerprint of the run; its presence marks the folder as unfinished
+    progress.json              fingerprints of the run; its presence marks the folder as unfinished,
+                               and a lock on it that a process is writing there
     model-00001-of-00003...    shards, each renamed into place when whole
     hidden-00001.safetensors   hidden states that block 1 gets; the one before is deleted
     kept-tokens.safetensors    what the model's loss feels of each token
@@ -35,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
 from ..files import sync, write_whole
-from .registration import METHOD
+from .registration import is_ours
 from .source import CONFIG_FILE, INDEX_FILE
 
 try:
@@ -335,9 +336,8 @@ def replaceable(out: Path) -> bool:
         return True
     try:
         config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-        settings = config["quantization_config"]
-        ours = settings["quant_method"] == METHOD and "format_version" in settings
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = is_ours(config["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return ours and not any(out.glob(f"*/{CONFIG_FILE}"))
 

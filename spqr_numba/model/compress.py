@@ -289,19 +289,18 @@ class Compression:
 
     def open(self, out: Path, overwrite: bool) -> None:
         """Start writing `out`, or go on with what an earlier run of the same job left."""
-        fingerprints = self.fingerprint(), self.fingerprint(of_bits=False)
-        self.writer = CheckpointWriter(out, len(self.blocks), *fingerprints, overwrite=overwrite)
+        self.writer = CheckpointWriter(
+            out, len(self.blocks), *self.fingerprints(), overwrite=overwrite
+        )
         self.behind = WriteBehind(self.writer)
         self.rows = read_rows(self.writer.read_text(LAYERS_FILE), LayerRow)
         self.tuned = read_rows(self.writer.read_text(TUNING_FILE), TunedRow)
 
-    def fingerprint(self, of_bits: bool = True) -> str:
-        """A hash of everything that shapes the result, or all but the bits that it is to come to,
-        of which nothing depends before a block is finished."""
-        target = None if self.target is None else asdict(self.target)
-        if target is not None and not of_bits:
-            del target["bits"]
+    def fingerprints(self) -> tuple[str, str]:
+        """Hashes of everything that shapes the result, and of all but the bits that it is to come
+        to, of which nothing depends before a block is finished."""
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
+        target = None if self.target is None else asdict(self.target)
         parts = {
             "version": __version__,
             "format_version": FORMAT_VERSION,
@@ -315,7 +314,12 @@ class Compression:
             "tune_codes": self.tune_codes,
             "target": target,
         }
-        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        without_bits = parts | {"target": target and target | {"bits": None}}
+        whole, found_out = (
+            sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
+            for each in (parts, without_bits)
+        )
+        return whole, found_out
 
     def run(self, progress: Progress) -> CompressionReport:
         """Compress every unfinished block, write the rest, and give the folder its name."""

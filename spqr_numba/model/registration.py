@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["METHOD", "install"]
+__all__ = ["METHOD", "install", "is_ours"]
 
 METHOD = "spqr"
 QUANTIZERS_MODULE = "transformers.quantizers.auto"
+
+
+def is_ours(settings: Mapping[str, Any]) -> bool:
+    """Whether a config's quantization_config is of a checkpoint of ours, not of the reference's."""
+    return settings.get("quant_method") == METHOD and "format_version" in settings
 
 
 def install() -> None:
